@@ -1,0 +1,17 @@
+"""streammerge.kernels: the device kernels and their plain torch twins (floor 0: imports torch and itself only).
+
+Kept light, relative and unable to raise: with the repository's root on sys.path, a bare `import kernels` from another
+library finds this folder. Names resolve on first use.
+"""
+
+_HOME = {"gram_update": "reference", "project": "reference", "span_mass": "reference", "attended_inputs": "reference"}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("." + _HOME[name], __name__), name)

@@ -1,0 +1,118 @@
+"""The torch twin of every kernel: its spec, fallback, oracle and baseline.
+
+Shapes: T tokens, d features, N rows, r rank, H query heads, K key/value heads, D head dimension. All arithmetic is
+fp32 (fp64 when given fp64), whatever the dtype of the inputs; one rounding at the end. Each function says what it
+holds in memory beyond its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of fp32: what a chunked loop below holds at a time
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp32 at least: half-precision inputs are upcast, fp64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gram_update(cov: Tensor, x: Tensor) -> Tensor:
+    """C += XᵀX in place, for the covariance of Ω_think features (method.md, section 2).
+
+    cov [d, d] fp32 or fp64, symmetric; x [N, d] of any float dtype. Holds one upcast copy of x.
+    """
+    x = x.to(cov.dtype)
+    return cov.addmm_(x.T, x)
+
+
+def project(
+    lrm: Tensor,
+    itm: Tensor,
+    base: Tensor,
+    blocks: Sequence[Tensor],
+    rows: Tensor,
+    cols: Tensor,
+    lam: float,
+    chunk_elements: int = _CHUNK_ELEMENTS,
+) -> tuple[Tensor, Tensor]:
+    """W* = W_R + λ (D_row (W_I − W_B) D_col)(I − U Uᵀ), scale first, then project (Eq. 8 with Eq. 16).
+
+    lrm, itm, base [out, in]; blocks: B orthonormal bases [in, r_b], one for each of B equal row blocks of the weight
+    (B = 1 for all modules but v_proj; B = 0 projects nothing); rows [out] and cols [in] are the diagonals of D.
+    Returns (W* in fp32, not yet rounded; norms [5] in fp64: the squares of ‖Δ‖, ‖Δ U‖, ‖Δ⊥_α‖, ‖D Δ D U‖, ‖Δ⊥_α U‖).
+    Holds W* and a few chunks of rows.
+    """
+    out, width = lrm.shape
+    per_block = out // max(1, len(blocks))
+    step = max(1, min(per_block, chunk_elements // max(1, width)))
+    merged = torch.empty(lrm.shape, dtype=_wide(lrm[:0]).dtype, device=lrm.device)
+    norms = torch.zeros(5, dtype=torch.float64, device=lrm.device)
+    for start, stop, basis in _row_chunks(out, step, blocks):
+        delta = _wide(itm[start:stop]) - _wide(base[start:stop])
+        norms[0] += delta.square().sum(dtype=torch.float64)
+        if basis is not None and basis.shape[1]:
+            norms[1] += (delta @ basis).square().sum(dtype=torch.float64)
+        delta *= rows[start:stop, None]
+        delta *= cols
+        if basis is not None and basis.shape[1]:
+            inside = delta @ basis
+            delta -= inside @ basis.T
+            norms[3] += inside.square().sum(dtype=torch.float64)
+            norms[4] += (delta @ basis).square().sum(dtype=torch.float64)
+        norms[2] += delta.square().sum(dtype=torch.float64)
+        merged[start:stop] = torch.add(_wide(lrm[start:stop]), delta, alpha=lam)
+    return merged, norms
+
+
+def _row_chunks(out: int, step: int, blocks: Sequence[Tensor]):
+    """(start, stop, basis) over all rows; no chunk crosses a block."""
+    if not blocks:
+        yield from ((start, min(start + step, out), None) for start in range(0, out, step))
+        return
+    height = out // len(blocks)
+    for b, basis in enumerate(blocks):
+        for start in range(b * height, (b + 1) * height, step):
+            yield start, min(start + step, (b + 1) * height), basis
+
+
+def _probabilities(q: Tensor, k: Tensor, at: Tensor, scaling: float, window: int | None) -> Tensor:
+    """Softmax rows of causal attention: q [H, n, D] at positions at [n], k [K, T, D] -> [H, n, T] fp32.
+
+    Query head h reads key head h // (H / K). A window keeps the last `window` positions, the row's own included.
+    """
+    heads, n, dim = q.shape
+    groups = _wide(q).reshape(k.shape[0], -1, dim)  # [K, (H/K) n, D]
+    scores = (groups @ _wide(k).transpose(1, 2) * scaling).view(heads, n, k.shape[1])
+    columns = torch.arange(k.shape[1], device=q.device)
+    hidden = columns[None, :] > at[:, None]
+    if window is not None:
+        hidden |= columns[None, :] <= at[:, None] - window
+    return scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+
+
+def span_mass(q: Tensor, k: Tensor, at: Tensor, spans: Tensor, scaling: float, window: int | None = None) -> Tensor:
+    """Σ_{τ in span} softmax(q kᵀ)[t, τ] for chosen rows t and several spans at once (Eqs. 9 and 10).
+
+    q [H, n, D]: queries of the chosen rows, after rotary embedding; k [K, T, D]: keys of the whole sample;
+    at [n]: the rows' positions; spans [T, m]: indicator of each span. Returns [H, n, m] fp32.
+    Attention with the value replaced by the indicator; holds one chunk of rows, never [H, T, T].
+    """
+    indicator = spans.to(_wide(q[:0]).dtype)
+    step = max(1, _CHUNK_ELEMENTS // max(1, q.shape[0] * k.shape[1]))
+    parts = [
+        _probabilities(q[:, i : i + step], k, at[i : i + step], scaling, window) @ indicator
+        for i in range(0, q.shape[1], step)
+    ]
+    return torch.cat(parts, dim=1) if parts else indicator.new_zeros(q.shape[0], 0, spans.shape[1])
+
+
+def attended_inputs(q: Tensor, k: Tensor, at: Tensor, x: Tensor, scaling: float, window: int | None = None) -> Tensor:
+    """A_h[t] X: the attention-averaged inputs of v_proj at chosen rows (findings.md, 3).
+
+    As `span_mass` with the inputs x [T, d] in place of the indicator. Returns [H, n, d] fp32.
+    """
+    return span_mass(q, k, at, x, scaling, window)

@@ -1,0 +1,40 @@
+"""Packaging. `kernels/` at the top level is installed as streammerge.kernels, so packages are listed by hand."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "streammerge/__init__.py").read_text())[1]
+
+setup(
+    name="streammerge",
+    version=VERSION,
+    description="Memory-lean streaming merger for large reasoning models (RAIN-Merging in a single sweep)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["streammerge", "streammerge.io", "streammerge.demo", "streammerge.kernels"],
+    package_dir={"streammerge": "streammerge", "streammerge.kernels": "kernels"},
+    package_data={
+        "streammerge": ["families/*.json", "py.typed"],
+        "streammerge.demo": ["data/*.json*", "data/*/*"],
+    },
+    install_requires=[
+        "torch>=2.9",
+        "transformers>=5.10,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "accelerate>=1.10",
+        "numpy>=1.26",
+        "pyyaml>=6",
+        "rich>=13",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.5; platform_system == 'Linux'", "bitsandbytes>=0.48"],
+        "test": ["pytest>=8", "ruff>=0.14", "gguf>=0.17"],
+    },
+    entry_points={"console_scripts": ["streammerge=streammerge.cli:main"]},
+)

@@ -1,0 +1,109 @@
+"""Captured features -> orthonormal bases of the protected spaces, four a layer and one a key/value head (Eqs. 4-8).
+
+exact: every direction above fp32's rounding floor. energy: the fewest directions that hold a share of ‖H‖²_F.
+fixed: a given number. Small problems are solved exactly by QR; large ones by the randomized range finder, whose rank
+doubles until the energy is reached. Memory: the features and a few [in, rank] blocks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import linalg
+from .arch import SITE_OF
+from .capture import FeatureCapture, Features
+from .recipe import Basis
+
+_DENSE = 1024  # below this many rows or features an exact factorisation costs less than a randomized one
+
+
+@dataclass(frozen=True)
+class SiteBasis:
+    """U [in, r] with orthonormal columns; the share of ‖H‖² inside it; the number of feature rows behind it."""
+
+    u: Tensor
+    energy: float
+    count: int
+
+    @property
+    def rank_share(self) -> float:
+        """r / in: the share of the input space in which nothing may change."""
+        return self.u.shape[1] / self.u.shape[0]
+
+
+@dataclass(frozen=True)
+class LayerBases:
+    """The bases of one layer, by feature site; `values` holds one a key/value head, or nothing."""
+
+    sites: dict[str, SiteBasis]
+    values: tuple[SiteBasis, ...] = ()
+
+    def of(self, module: str) -> tuple[SiteBasis, ...]:
+        """The bases of a module's equal row blocks: one for all rows, one a kv head for v, none without Stage 1."""
+        if module == "v" and self.values:
+            return self.values
+        site = self.sites.get(SITE_OF[module])
+        return (site,) if site else ()
+
+
+def feature_kind(basis: Basis):
+    """The rule by which `capture` keeps rows or a covariance: rows while they are the smaller of the two."""
+    if basis.method == "auto":
+        return lambda width, rows: "rows" if rows <= width else "covariance"
+    return lambda width, rows: "covariance" if basis.method == "covariance" else "rows"
+
+
+def build_bases(capture: FeatureCapture, basis: Basis, seed: int, layer: int) -> LayerBases:
+    """Every basis of a layer. Deterministic in (features, recipe, seed, layer)."""
+
+    def build(features: Features, name: str) -> SiteBasis:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{layer}/{name}".encode()))
+        return _basis(features, basis, generator)
+
+    sites = {site: build(features, site) for site, features in capture.sites.items()}
+    values = tuple(build(features, f"value{head}") for head, features in enumerate(capture.values))
+    return LayerBases(sites, values)
+
+
+def _basis(features: Features, basis: Basis, generator: torch.Generator) -> SiteBasis:
+    is_cov = features.cov is not None
+    operand = features.cov if is_cov else torch.cat(features.rows)
+    limit = min(operand.shape)
+    dense = basis.method == "qr" or basis.rank == "exact" or (basis.method != "randomized" and limit <= _DENSE)
+    if dense:
+        spectrum = linalg.exact_covariance(operand) if is_cov else linalg.exact_rows(operand)
+        rank = _wanted_rank(spectrum, basis, is_cov)
+    else:
+        guess = min(basis.size or 64, limit)
+        while True:
+            spectrum = linalg.randomized(
+                operand,
+                guess,
+                generator,
+                is_cov=is_cov,
+                oversample=basis.oversample,
+                iterations=basis.power_iterations,
+            )
+            rank = _wanted_rank(spectrum, basis, is_cov)
+            if rank is not None or guess == limit:
+                break
+            guess = min(2 * guess, limit)
+    if rank is None:  # every direction there is, and rounding kept the sum a hair below the share
+        rank = linalg.numerical_rank(spectrum, is_cov=is_cov)
+    kept = float(spectrum.energies[:rank].sum(dtype=torch.float64)) / spectrum.total if spectrum.total > 0 else 1.0
+    return SiteBasis(linalg.orthonormalise(spectrum.vectors[:, :rank]), kept, features.count)
+
+
+def _wanted_rank(spectrum: linalg.Spectrum, basis: Basis, is_cov: bool) -> int | None:
+    """The rank the recipe asks for; None where the directions at hand do not hold enough energy."""
+    full = linalg.numerical_rank(spectrum, is_cov=is_cov)
+    if basis.rank == "exact":
+        return full
+    if basis.rank == "fixed":
+        return min(basis.size, full)
+    rank = linalg.energy_rank(spectrum, basis.energy)
+    return None if rank is None else min(rank, full)

@@ -1,0 +1,140 @@
+"""The command line: `streammerge merge RECIPE OUT` and `streammerge demo`.
+
+stdout carries the result (`--json`), stderr everything else. A user's mistake is one screen of text and an exit code,
+never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+from . import __version__
+from .errors import StreamMergeError
+
+_EXIT_CODES = """exit codes:
+  0  done                       5  the written checkpoint failed verification
+  1  a bug in streammerge       6  the merge changed nothing
+  2  recipe or usage            7  thinking markers missing from too many samples
+  3  invalid input            130  interrupted (Ctrl-C); nothing is left behind
+  4  not enough memory or disk
+"""
+
+_MERGE = """Merge three checkpoints of one architecture as a recipe says.
+
+A recipe (paths are relative to its own directory; Hub ids are taken from the local cache only):
+
+  merge_method: rain
+  base_model: Qwen/Qwen2.5-7B
+  instruct_model: Qwen/Qwen2.5-7B-Instruct
+  reasoning_model: deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
+  calibration:
+    reasoning: reasoning_calibration_set.json
+    instruction: instruction_calibration_set.jsonl
+  lambda: 1.0
+
+OUT must be new or empty. It gets the merged weights, the LRM's config, tokenizer and template byte for byte, and
+streammerge_report.json. Every other key and its default: streammerge/recipe.py, explained in the README.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="streammerge", description=__doc__.split("\n")[0], epilog=_EXIT_CODES, formatter_class=raw
+    )
+    top.description = "Merge large reasoning models with instruction-tuned ones, one layer in memory at a time."
+    top.add_argument("--version", action="version", version=f"streammerge {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    merge = commands.add_parser(
+        "merge", help="merge as a recipe says", description=_MERGE, epilog=_EXIT_CODES, formatter_class=raw
+    )
+    merge.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
+    merge.add_argument("out", type=Path, metavar="OUT", help="output directory, new or empty")
+    merge.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    merge.add_argument("--device-memory", metavar="SIZE", help="limit on the device, e.g. 8GiB (default: recipe's)")
+    merge.add_argument("--host-memory", metavar="SIZE", help="limit on the host, e.g. 16GiB (default: recipe's)")
+    merge.add_argument("--tokens-per-batch", type=int, metavar="N", help="calibration tokens on the device at a time")
+    merge.add_argument("--lambda", dest="lam", type=float, metavar="λ", help="override the recipe's lambda")
+    merge.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    _add_output_flags(merge)
+    merge.set_defaults(run=_merge)
+
+    demo = commands.add_parser(
+        "demo", help="merge the bundled trio and compare methods", formatter_class=raw,
+        description="Merge the small trained trio that ships with the package with RAIN and its ablations, evaluate "
+        "every result on the test split, and print them side by side.",
+    )  # fmt: skip
+    demo.add_argument("--out", type=Path, metavar="DIR", help="keep the merged models here (default: discarded)")
+    demo.add_argument("--split", choices=("test", "validation"), default="test", help="rows to evaluate on")
+    demo.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    _add_output_flags(demo)
+    demo.set_defaults(run=_demo)
+    return top
+
+
+def _add_output_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    command.add_argument("--quiet", action="store_true", help="no progress")
+    command.add_argument("--log-format", choices=("text", "json"), default="text", help="progress on stderr as JSON")
+
+
+def _progress(args: argparse.Namespace):
+    from .progress import Progress
+
+    return Progress("quiet" if args.quiet else "json" if args.log_format == "json" else "auto")
+
+
+def _set_threads(args: argparse.Namespace) -> None:
+    if args.threads is not None:
+        import torch
+
+        torch.set_num_threads(max(1, args.threads))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from .recipe import load_recipe
+
+    recipe = load_recipe(args.recipe)  # before torch is imported: a typo is answered at once
+    given = {k: getattr(args, k) for k in ("device_memory", "host_memory", "tokens_per_batch")}
+    budget = dataclasses.replace(recipe.budget, **{k: v for k, v in given.items() if v is not None})
+    lam = recipe.lam if args.lam is None else args.lam
+    recipe = dataclasses.replace(recipe, budget=budget, lam=lam)
+    from .pipeline import merge
+    from .report import print_summary
+
+    _set_threads(args)
+    report = merge(recipe, args.out, device=args.device, progress=_progress(args))
+    if not args.quiet and args.log_format == "text":
+        print_summary(report, args.out)
+    if args.json:
+        print(json.dumps(report, default=str))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo.run import demo
+
+    _set_threads(args)
+    demo(args.out, split=args.split, as_json=args.json, progress=_progress(args))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    args = parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        args.run(args)
+    except StreamMergeError as error:
+        print(f"streammerge: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("streammerge: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    return 0

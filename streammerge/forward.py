@@ -1,0 +1,176 @@
+"""The layer-major forward: one decoder layer on the device at a time, the whole calibration set passes through it.
+
+The layers are transformers' own modules, built on the meta device and never materialised: `functional_call` lends a
+layer its weights for the length of one call. What a layer is handed besides the hidden states (masks, rotary
+embeddings) is found by running the model's own forward over recorders in the layers' place, so that no family needs
+code here. Same dtype and same batch: bit-equal to the resident model.
+
+Attention runs through transformers' SDPA, wrapped under the name `streammerge` so that an observer can see queries
+and keys after rotary embedding, norms and biases, exactly as the model uses them.
+
+Memory: one layer's weights (the caller's), one batch's activations, and the streams' stashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .arch import SITES, Family
+from .batches import Batch
+from .errors import InputError
+from .io.checkpoint import Checkpoint
+from .io.stash import Stash
+
+ATTENTION = "streammerge"
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What one attention call sees: q [B, H, T, D] and k [B, K, T, D] after rotary embedding; the scale; the window."""
+
+    q: Tensor
+    k: Tensor
+    scaling: float
+    window: int | None
+
+
+class Observer(Protocol):
+    """Looks on while a batch passes through a layer."""
+
+    def on_input(self, batch: int, site: str, x: Tensor) -> None:
+        """The input [B, T, in] of the linear modules of a site."""
+
+    def on_attention(self, batch: int, call: AttentionInputs) -> None:
+        """Queries and keys of the layer's attention."""
+
+
+def _observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
+    watcher = getattr(module, "_streammerge_watcher", None)
+    if watcher is not None:
+        window = kwargs.get("sliding_window")
+        watcher(AttentionInputs(query, key, kwargs["scaling"], window))
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _observed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer was and keeps what the model's forward hands to it."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+        self.seen: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        self.seen = kwargs
+        return hidden
+
+
+class Stream:
+    """One calibration set on its way up through the layers: its batches and where their hidden states are kept."""
+
+    def __init__(self, batches: list[Batch], device: torch.device):
+        self.batches = batches
+        self.stash = Stash(device)
+        self.tokens = sum(sum(b.lengths) for b in batches)
+
+
+class StreamedModel:
+    """The LRM's architecture without its weights.
+
+    `config` is the checkpoint's directory content as transformers reads it; compute runs in `dtype` on `device`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype):
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{checkpoint.path}/config.json: transformers cannot read it: {error}") from None
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+        self.checkpoint, self.family, self.device, self.dtype = checkpoint, family, device, dtype
+        self._skeleton = getattr(model, model.base_model_prefix).eval()
+        self.norm, self._skeleton.norm = self._skeleton.norm, nn.Identity()
+        self.layers = list(self._skeleton.layers)
+        for layer in self.layers:
+            layer.eval()
+        self._skeleton.layers = nn.ModuleList(_Recorder(layer) for layer in self.layers)
+        rotary = self._skeleton.rotary_emb
+        self._skeleton.rotary_emb = type(rotary)(config=config).to(device)  # its buffers are computed, not loaded
+
+    def embed(self, stream: Stream) -> None:
+        """Fill the stream's stash with token embeddings; reads only the rows that occur."""
+        used = torch.unique(torch.cat([b.ids.flatten() for b in stream.batches]))
+        table = self.checkpoint.read_rows(self.family.embedding, used).to(self.device, self.dtype)
+        for n, batch in enumerate(stream.batches):
+            stream.stash.put(n, table[torch.searchsorted(used, batch.ids).to(self.device)])
+
+    @torch.no_grad()
+    def advance(
+        self,
+        layer: int,
+        weights: dict[str, Tensor],
+        stream: Stream,
+        observer: Observer | None = None,
+        sites: tuple[str, ...] = (),
+        tick: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        """Move every batch of the stream through one layer, in place, and show the observer what passes.
+
+        weights: names relative to the layer -> tensors on the device, in the compute dtype. `sites`: the feature
+        sites that the observer wants to see (it always sees the attention).
+        """
+        module = self.layers[layer]
+        for n, batch in enumerate(stream.batches):
+            hidden = stream.stash.fetch(n)
+            self._skeleton(inputs_embeds=hidden, use_cache=False)
+            kwargs = self._skeleton.layers[layer].seen
+            with _watching(module, self.family, n, observer, sites):
+                out = functional_call(module, weights, (hidden,), kwargs, strict=True)
+            stream.stash.put(n, out[0] if isinstance(out, tuple) else out)
+            tick(sum(batch.lengths))
+
+    @torch.no_grad()
+    def final_hidden(self, stream: Stream, positions: list[tuple[int, ...]]) -> Tensor:
+        """Hidden states after the last norm at chosen positions of each sample, in sample order: [Σ positions, hidden].
+
+        `positions[s]` belongs to sample s of the list that the stream's batches were made from.
+        """
+        weight = self.checkpoint.read(self.family.norm).to(self.device, self.dtype)
+        rows: dict[int, Tensor] = {}
+        for n, batch in enumerate(stream.batches):
+            normed = functional_call(self.norm, {"weight": weight}, (stream.stash.fetch(n),))
+            for row, sample in enumerate(batch.samples):
+                rows[sample] = normed[row, list(positions[sample])]
+        return torch.cat([rows[s] for s in sorted(rows)])
+
+
+@contextmanager
+def _watching(module: nn.Module, family: Family, batch: int, observer: Observer | None, sites: tuple[str, ...]):
+    """Show the observer the inputs of the sites and the attention while one batch passes through `module`."""
+    if observer is None:
+        yield
+        return
+    with ExitStack() as stack:
+        for site in sites:
+            linear = module.get_submodule(family.modules[SITES[site][0]])
+            hook = linear.register_forward_pre_hook(lambda _, args, s=site: observer.on_input(batch, s, args[0]))
+            stack.callback(hook.remove)
+        attention = module.get_submodule(family.modules["q"].rpartition(".")[0])
+        attention._streammerge_watcher = lambda call: observer.on_attention(batch, call)
+        stack.callback(delattr, attention, "_streammerge_watcher")
+        yield

@@ -1,0 +1,77 @@
+"""Memory: sizes as people write them, and meters for what was really used.
+
+The host meter is the kernel's own high-water mark of the resident set (VmHWM), which no sampling can miss; the device
+meter is torch's allocator peak.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import RecipeError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def parse_size(text: str | int) -> int:
+    """'8GiB', '500 MB', '5G' or a plain number of bytes -> bytes. Decimal units are powers of 1000, 'i' units of 1024.
+
+    Raises RecipeError for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if not match or match[2].lower() not in _UNITS:
+        raise RecipeError(f"cannot read the size {text!r}: write a number with a unit, such as 8GiB, 500MB or 5G")
+    size = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size <= 0:
+        raise RecipeError(f"the size {text!r} is zero: write a positive size, such as 8GiB")
+    return size
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes -> '1.50 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} TiB"
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def host_now() -> int:
+    """Resident set of this process now, in bytes (0 where /proc does not exist)."""
+    return _status_bytes("VmRSS") if Path("/proc/self/status").exists() else 0
+
+
+def host_peak() -> int:
+    """High-water mark of the resident set since start or since `reset_host_peak`, in bytes."""
+    if Path("/proc/self/status").exists():
+        return _status_bytes("VmHWM")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+
+
+def reset_host_peak() -> bool:
+    """Start a new high-water mark. False where the kernel does not allow it: the peak then covers the whole run."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def device_peak(device: str) -> int:
+    """Peak bytes that torch's allocator handed out on `device` (0 for the CPU)."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)

@@ -1,0 +1,188 @@
+"""A merge from recipe to verified checkpoint: the stages in order, and the cleaning up when one of them fails.
+
+plan -> calibration -> sweep (merging and writing) -> side files -> verification -> report. Whatever raises, nothing
+is left under a final name: the writer's partial files go, and so does an output directory that this run made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import memory, report
+from .calibration import CalibrationSet, load_calibration
+from .errors import RecipeError, UnchangedError
+from .forward import StreamedModel
+from .io.checkpoint import TORCH_DTYPES, side_files
+from .io.writer import CheckpointWriter
+from .markers import find_markers, load_tokenizer
+from .memory import parse_size
+from .plan import Plan, make_plan, predict
+from .progress import Progress
+from .recipe import Recipe
+from .sweep import Run, Streams, surveyed, sweep
+from .verify import think_loss, verify_output
+
+_LEAST_EFFECT = 1e-2  # a merge that applies less than this share of ‖Δ‖ is the LRM with extra steps
+_EMPTY = CalibrationSet((), (), (), {})
+
+
+def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Progress | None = None) -> dict[str, Any]:
+    """Merge as the recipe says and write a checkpoint to `out`, a directory that is new or empty.
+
+    Returns the report (also written to `out`/streammerge_report.json). Raises a StreamMergeError that says what to do;
+    `out` then holds nothing.
+    """
+    out, began, progress = Path(out), time.perf_counter(), progress or Progress("quiet")
+    where = pick_device(device)
+    fresh_meter, floor = memory.reset_host_peak(), memory.host_now()
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    with progress:
+        plan = make_plan(recipe)
+        data = calibrate(plan, progress)
+        dtype = compute_dtype(plan, where)
+        estimate = predict(plan, data, where, dtype)
+        model = StreamedModel(plan.lrm, plan.family, where, dtype)
+        with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size)) as writer:
+            scratch = out / ".streammerge" / "bases"
+            try:
+                streams = Streams.open(data, estimate.tokens_per_batch, where)
+                run = Run(plan, model, data, streams, writer, scratch, progress)
+                swept = _sweep(run)
+                told = _describe(run, swept)
+                _refuse_unchanged(plan, told["totals"])
+                for name in plan.copied:
+                    if not name.startswith(plan.family.layers + "."):
+                        writer.copy(name, plan.lrm)
+                for source in side_files(plan.lrm.path):
+                    writer.add_file(source.name, source)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            writer.finish()
+        verified = _undo_on_error(out, lambda: verify_output(plan, out))
+    result = {
+        **report.inputs(plan),
+        **told,
+        "calibration": data.notes | {"heldout": len(data.heldout)},
+        "verified": verified,
+        "device": str(where),
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "kernels": "torch reference",
+        "plan": estimate.as_dict(),
+        "memory": _peaks(where, floor, fresh_meter),
+        "seconds": {"total": round(time.perf_counter() - began, 3), "sweep": round(swept, 3)},
+    }
+    _write_report(out, result)
+    return result
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto', 'cpu', 'cuda' or 'cuda:1' -> a device that is there. Raises RecipeError otherwise."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise RecipeError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu, or install "
+                          "a CUDA build of torch")
+    return device
+
+
+def compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
+    """The dtype of the calibration forwards: fp32 on a CPU (faster there, and exacter), the LRM's own on a GPU."""
+    if plan.recipe.compute_dtype != "auto":
+        return getattr(torch, plan.recipe.compute_dtype)
+    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[plan.lrm.tensors[plan.family.norm].dtype]
+
+
+def calibrate(plan: Plan, progress: Progress) -> CalibrationSet:
+    """The recipe's calibration sets as the LRM's tokenizer reads them; empty where the recipe needs none."""
+    recipe = plan.recipe
+    if not (recipe.calibration.reasoning or recipe.needs_instruction):
+        return _EMPTY
+    progress.event("calibration")
+    tokenizer = load_tokenizer(plan.lrm.path)
+    markers = find_markers(tokenizer, recipe.thinking, plan.lrm.path)
+    limit = plan.lrm.config.get("max_position_embeddings") or 1 << 30
+    return load_calibration(recipe, tokenizer, markers, limit, plan.lrm.path)
+
+
+def _sweep(run: Run) -> float:
+    """Run the sweep under a progress bar; returns its seconds."""
+    began = time.perf_counter()
+    passes = sum(s.tokens for s in run.streams.all()) * run.plan.layers
+    run.progress.start("sweep over the LRM, then merge" if surveyed(run.plan) else "sweep", passes)
+    sweep(run)
+    run.progress.stop()
+    return time.perf_counter() - began
+
+
+def _describe(run: Run, seconds: float) -> dict[str, Any]:
+    """The parts of the report that come from the sweep; computes L_think from its last hidden states."""
+    plan, streams = run.plan, run.streams
+    loss = {}
+    if streams.reference and streams.verification:
+        loss = think_loss(run.model, plan.head, run.data.heldout, streams.reference, streams.verification)
+    tokens = sum(s.tokens for s in streams.all())
+    return {
+        "alpha": report.alpha_summary(run.alphas, plan.recipe.coefficients.bounds),
+        "totals": report.totals(run.composed),
+        "modules": report.by_module(plan, run.composed),
+        "per_tensor": report.per_tensor(run.composed),
+        "l_think": loss,
+        "attention": {str(i): {"alignment": m.alignment.tolist(), "leakage": m.leakage.tolist()}
+                      for i, m in sorted(run.masses.items())},
+        "throughput": {"calibration_tokens": tokens, "token_layers_per_second": tokens * plan.layers / seconds},
+    }  # fmt: skip
+
+
+def _refuse_unchanged(plan: Plan, totals: dict[str, float]) -> None:
+    """A merge that did nothing is an error unless asked for (method.md, section 3)."""
+    if plan.recipe.allow_unchanged:
+        return
+    if totals["changed_elements"] and totals["applied_over_delta"] >= _LEAST_EFFECT:
+        return
+    why = f"‖λαΔ⊥‖ is {totals['applied_over_delta']:.2e} of ‖Δ‖ and {totals['changed_elements']} elements changed"
+    if not totals["delta_norm"]:
+        why = f"instruct_model {plan.itm.path} and base_model {plan.base.path} hold the same weights"
+    raise UnchangedError(
+        f"The merge changed nothing: {why}.\nLook at lambda, coefficients.rule (the literal rule gives α ~ 0) and "
+        "basis.rank (a basis of full rank protects everything), or set allow_unchanged: true if you want this."
+    )
+
+
+def _undo_on_error(out: Path, check: Callable[[], Any]) -> Any:
+    """Run a check of the finished output; a checkpoint that fails it does not stay under a final name."""
+    try:
+        return check()
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _peaks(device: torch.device, floor: int, fresh: bool) -> dict[str, Any]:
+    """Measured peaks in bytes. `floor` is the resident set at the start: interpreter, torch, transformers."""
+    peak = memory.host_peak()
+    return {
+        "host_peak": peak,
+        "host_beyond_imports": peak - floor,
+        "imports": floor,
+        "device": memory.device_peak(str(device)),
+        "peak_since": "merge began" if fresh else "process began",
+    }
+
+
+def _write_report(out: Path, result: dict[str, Any]) -> None:
+    partial = out / (report.FILE_NAME + ".partial")
+    partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    os.replace(partial, out / report.FILE_NAME)

@@ -1,0 +1,75 @@
+"""What a user sees while a merge runs: a bar with an ETA on a terminal, JSON lines for a pipeline, else one line a stage.
+
+Everything goes to stderr; stdout is kept for results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any, Literal
+
+from .memory import format_size, host_now, host_peak
+
+Mode = Literal["auto", "quiet", "json"]
+
+
+class Progress:
+    """A context manager. `total` is in work units (token-layers); rates are averages since the start of the stage."""
+
+    def __init__(self, mode: Mode = "auto"):
+        self.mode = mode
+        self._bar: Any = None
+        self._task: Any = None
+        self._began = time.perf_counter()
+        self._tokens = self._bytes = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Something worth a line in the log: a stage begins, a warning, a layer is done."""
+        if self.mode == "json":
+            record = {"ts": round(time.time(), 3), "level": "info", "event": name, **fields, "rss": host_now()}
+            print(json.dumps(record), file=sys.stderr, flush=True)
+        elif self.mode == "auto" and self._bar is None:
+            text = " ".join(f"{k}={v}" for k, v in fields.items())
+            print(f"[streammerge] {name} {text}".rstrip(), file=sys.stderr, flush=True)
+
+    def start(self, label: str, total: int) -> None:
+        """Begin a stage of `total` work units."""
+        self.event(label)
+        self._began, self._tokens, self._bytes = time.perf_counter(), 0, 0
+        if self.mode == "auto" and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[rates]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(label, total=max(1, total), rates="")
+
+    def advance(self, units: int = 0, *, tokens: int = 0, nbytes: int = 0, label: str | None = None) -> None:
+        """Work done since the last call."""
+        self._tokens += tokens
+        self._bytes += nbytes
+        if self._bar is not None:
+            seconds = max(1e-9, time.perf_counter() - self._began)
+            rates = f"{self._tokens / seconds:,.0f} tok/s  {format_size(self._bytes / seconds)}/s"
+            rates += f"  peak {format_size(host_peak())}"
+            told = {"description": label} if label else {}
+            self._bar.update(self._task, advance=units, rates=rates, **told)
+
+    def stop(self) -> None:
+        """End the stage's bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

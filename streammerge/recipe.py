@@ -1,0 +1,302 @@
+"""The recipe: strict YAML into frozen dataclasses. Every default of a merge lives here and only here.
+
+A key that is not a field below is an error that names the file, the line and the nearest field; a value of the wrong
+type, or out of its range, likewise. All mistakes of a file are reported at once. Paths in a recipe are relative to
+the recipe's own directory; a name that is no directory there is taken for a model id of the Hub cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .errors import RecipeError, listed
+from .memory import parse_size
+
+MODULES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def _setting(default: Any, *, above: float | None = None, least: float | None = None, most: float | None = None):
+    """A field with a range: `above` is exclusive, `least` and `most` are inclusive."""
+    return field(default=default, metadata={"above": above, "least": least, "most": most})
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The two calibration sets, in the schemas of the authors' files (method.md, sections 2 and 3)."""
+
+    reasoning: str = ""
+    instruction: str = ""
+    holdout: float = _setting(0.1, least=0.0, most=0.9)  # share of the reasoning set kept for L_think
+    limit_reasoning: int | None = _setting(None, least=1)  # use only the first so many samples
+    limit_instruction: int | None = _setting(None, least=1)
+    max_tokens: int | None = _setting(None, least=8)  # longer samples: see on_long
+    on_long: Literal["error", "drop"] = "error"  # drop: left out and counted in the report
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """The markers and the window Ω_think around them. `auto` finds the markers from the LRM's template and tokenizer."""
+
+    open: str = "auto"
+    close: str = "auto"
+    before: int = _setting(1, least=0)  # positions before each marker; 1 = the position that predicts it
+    inside: int = _setting(0, least=0)  # positions next to each marker on the inner side
+    after: int = _setting(0, least=0)  # positions past the closer: costs instruction following (findings.md, 1)
+    random: int = _setting(4, least=0)  # random positions inside the thinking, a sample
+    attended_values: bool = True  # v_proj also keeps the attention outputs at Ω_think (findings.md, 3)
+    min_share: float = _setting(0.9, least=0.0, most=1.0)  # of samples that must hold both markers
+
+
+@dataclass(frozen=True)
+class Basis:
+    """How the bases of the protected feature spaces are chosen and computed (Eqs. 4-8)."""
+
+    rank: Literal["energy", "exact", "fixed", "none"] = "energy"  # none: no projection (Stage 1 off)
+    energy: float = _setting(0.99, above=0.0, most=1.0)
+    size: int | None = _setting(None, least=1)  # for rank: fixed
+    method: Literal["auto", "qr", "randomized", "covariance"] = "auto"
+    oversample: int = _setting(16, least=1)
+    power_iterations: int = _setting(2, least=0)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Attention statistics -> α per head (Eqs. 9-15; findings.md, 5 and 6)."""
+
+    rule: Literal["standardized", "literal", "prior", "uniform"] = "standardized"
+    scope: Literal["layer", "model"] = "layer"
+    kappa: float = _setting(0.5, least=0.0)
+    rho: float = _setting(1.0, least=0.0)
+    bounds: tuple[float, float] = (0.0, 2.0)
+    value: float = _setting(1.0, least=0.0)  # α of the uniform rule
+    rows: Literal["predicting", "token"] = "predicting"  # attention rows at t-1, which predicts token t, or at t
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory limits that size the token batches. `auto`: what the machine has free."""
+
+    device_memory: str = "auto"
+    host_memory: str = "auto"
+    tokens_per_batch: int | None = _setting(None, least=64)  # overrides what the budgets give
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One merge. `λ` is written `lambda` in YAML."""
+
+    merge_method: Literal["rain", "task_arithmetic"]
+    instruct_model: str
+    reasoning_model: str
+    base_model: str = ""
+    proxy_base: bool = False  # no published base: the LRM stands in for it, Δ = θ_I − θ_R
+    lam: float = _setting(1.0)
+    modules: tuple[str, ...] = MODULES
+    layers: tuple[int, ...] | None = None  # None: all decoder layers
+    calibration: Calibration = Calibration()
+    thinking: Thinking = Thinking()
+    basis: Basis = Basis()
+    coefficients: Coefficients = Coefficients()
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of merged tensors; auto: the LRM's own
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the calibration forwards
+    seed: int = _setting(0, least=0)
+    shard_size: str = "5GB"
+    allow_unchanged: bool = False
+    budget: Budget = Budget()
+    source: str = "<recipe>"  # the file it was read from
+
+    @property
+    def needs_reasoning(self) -> bool:
+        """Stage 1 runs: bases are wanted."""
+        return self.merge_method == "rain" and self.basis.rank != "none"
+
+    @property
+    def needs_instruction(self) -> bool:
+        """Stage 2 runs: coefficients come from attention."""
+        return self.merge_method == "rain" and self.coefficients.rule != "uniform"
+
+
+_YAML_NAMES = {"lambda": "lam"}
+_HIDDEN = {"source"}
+
+
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+    """Read, check and resolve a recipe file. `overrides` replace top-level fields.
+
+    Raises RecipeError that lists every mistake with file and line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot read the recipe ({error}); give the path of a YAML file") from None
+    return parse_recipe(text, str(path), directory=path.parent, **overrides)
+
+
+def parse_recipe(text: str, source: str, directory: Path | None = None, **overrides: Any) -> Recipe:
+    """`load_recipe` for a text. `directory` resolves relative paths (none: the working directory)."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{source}: a recipe is a mapping of keys to values; see `streammerge merge --help`")
+    problems: list[str] = []
+    recipe = _build(Recipe, node, source, "", problems)
+    if not problems:
+        recipe = dataclasses.replace(recipe, source=source, **overrides)
+        recipe = _with_paths(recipe, directory or Path.cwd())
+        problems = [f"{source}: {p}" for p in _contradictions(recipe)]
+    if problems:
+        raise RecipeError(listed("The recipe has mistakes:", problems))
+    return recipe
+
+
+def _build(cls: type, node: yaml.Node, source: str, prefix: str, problems: list[str]) -> Any:
+    """A dataclass from a YAML mapping; appends to `problems` and returns None where it cannot."""
+    if not isinstance(node, yaml.MappingNode):
+        problems.append(f"{source}:{node.start_mark.line + 1}: {prefix.rstrip('.')} must be a mapping of keys")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in _HIDDEN}
+    shown = {next((y for y, n in _YAML_NAMES.items() if n == name), name): name for name in fields}
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        where = f"{source}:{key_node.start_mark.line + 1}"
+        key = str(key_node.value)
+        name = shown.get(key)
+        if name is None:
+            near = difflib.get_close_matches(key, shown, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "keys here: " + ", ".join(sorted(shown))
+            problems.append(f"{where}: unknown key '{prefix}{key}'; {hint}")
+        elif name in values:
+            problems.append(f"{where}: key '{prefix}{key}' is given twice")
+        else:
+            at = f"{source}:{value_node.start_mark.line + 1}"
+            values[name] = _value(hints[name], fields[name], value_node, at, prefix + key, source, problems)
+    for name, f in fields.items():
+        if f.default is dataclasses.MISSING and name not in values:
+            problems.append(f"{source}: the key '{prefix}{name}' is missing")
+    return None if problems else cls(**values)
+
+
+def _value(hint: Any, f: dataclasses.Field, node: yaml.Node, at: str, key: str, source: str, problems: list[str]) -> Any:
+    """One field's value, checked against its annotation and its range."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, node, source, key + ".", problems)
+    loader = yaml.SafeLoader("")
+    try:
+        raw = loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError) as error:
+        problems.append(f"{at}: {key}: {error}")
+        return None
+    try:
+        value = layer_indices(raw) if key == "layers" and raw is not None else _coerce(hint, raw)
+    except (TypeError, ValueError) as error:
+        problems.append(f"{at}: {key} is {raw!r}; wanted {error}")
+        return None
+    limits = f.metadata
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and limits:
+        above, least, most = limits["above"], limits["least"], limits["most"]
+        if (above is not None and value <= above) or (least is not None and value < least):
+            problems.append(f"{at}: {key} is {value}; wanted {'more than' if above is not None else 'at least'} "
+                            f"{above if above is not None else least}")
+        if most is not None and value > most:
+            problems.append(f"{at}: {key} is {value}; wanted at most {most}")
+    return value
+
+
+def _coerce(hint: Any, raw: Any) -> Any:
+    """`raw` as the annotated type; raises ValueError whose text says what was wanted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if raw is None else _coerce(next(a for a in args if a is not type(None)), raw)
+    if origin is Literal:
+        if raw not in args:
+            raise ValueError("one of " + ", ".join(map(str, args)))
+        return raw
+    if origin is tuple:
+        if not isinstance(raw, list) or (Ellipsis not in args and len(raw) != len(args)):
+            raise ValueError("a list" if Ellipsis in args else f"a list of {len(args)} numbers")
+        return tuple(_coerce(args[0], item) for item in raw)
+    if hint is float and isinstance(raw, (int, float)) and not isinstance(raw, bool) and abs(raw) < float("inf"):
+        return float(raw)
+    if hint is str and isinstance(raw, (str, int, float)) and not isinstance(raw, bool):
+        return str(raw)
+    if hint in (int, bool) and type(raw) is hint:
+        return raw
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    raise ValueError(names[hint])
+
+
+def layer_indices(raw: Any) -> tuple[int, ...]:
+    """'0-3, 7' or [0, 1, '5-8'] -> sorted layer numbers (ranges include both ends)."""
+    chosen: set[int] = set()
+    for item in raw if isinstance(raw, list) else str(raw).split(","):
+        low, dash, high = str(item).strip().partition("-")
+        if not low.isdigit() or (dash and not high.strip().isdigit()):
+            raise ValueError("layer numbers and ranges, such as '0-3, 7'")
+        chosen.update(range(int(low), int(high or low) + 1))
+    return tuple(sorted(chosen))
+
+
+def _with_paths(recipe: Recipe, directory: Path) -> Recipe:
+    """Relative paths that exist beside the recipe become absolute; anything else stays as written."""
+
+    def resolve(name: str) -> str:
+        beside = directory / Path(name).expanduser()
+        return str(beside) if name and beside.exists() else name
+
+    models = {key: resolve(getattr(recipe, key)) for key in ("base_model", "instruct_model", "reasoning_model")}
+    sets = {key: resolve(getattr(recipe.calibration, key)) for key in ("reasoning", "instruction")}
+    return dataclasses.replace(recipe, **models, calibration=dataclasses.replace(recipe.calibration, **sets))
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """What is wrong between keys that are each right."""
+    out = []
+    if bool(recipe.base_model) == recipe.proxy_base:
+        out.append("give base_model, or proxy_base: true where no base was published (the LRM stands in for it)")
+    unknown = [m for m in recipe.modules if m not in MODULES]
+    if unknown or not recipe.modules:
+        out.append(f"modules has {', '.join(unknown) or 'nothing'}; choose from {', '.join(MODULES)}")
+    if recipe.basis.rank == "fixed" and recipe.basis.size is None:
+        out.append("basis.rank is fixed: give basis.size, the number of directions to protect")
+    if recipe.basis.size is not None and recipe.basis.rank != "fixed":
+        out.append(f"basis.size is given but basis.rank is {recipe.basis.rank}: write rank: fixed, or drop size")
+    low, high = recipe.coefficients.bounds
+    if not 0 <= low <= high:
+        out.append(f"coefficients.bounds is [{low}, {high}]; wanted 0 <= low <= high")
+    if recipe.needs_reasoning and not recipe.calibration.reasoning:
+        out.append("calibration.reasoning is missing: the null space needs reasoning samples (or basis.rank: none)")
+    if recipe.needs_instruction and not recipe.calibration.instruction:
+        out.append("calibration.instruction is missing: coefficients need instruction samples (or rule: uniform)")
+    for key in ("device_memory", "host_memory"):
+        value = getattr(recipe.budget, key)
+        if value != "auto":
+            parse_size(value)
+    parse_size(recipe.shard_size)
+    return out
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The fully resolved recipe as YAML: what the report stores, and what reproduces the run."""
+    data = dataclasses.asdict(recipe)
+    data.pop("source")
+    data["lambda"] = data.pop("lam")
+    plain = yaml.safe_dump(_plain(data), sort_keys=False)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

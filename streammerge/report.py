@@ -1,0 +1,127 @@
+"""What a merge did: one JSON file beside the weights, and a short table on the terminal.
+
+The report holds everything that a reader needs to judge or repeat the run: the resolved recipe, inputs, versions,
+what was calibrated on, α, norms, ranks and leaks of every tensor, L_think, memory and time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from . import __version__
+from .compose import Composed, LayerAlpha
+from .memory import format_size
+from .plan import Plan
+from .recipe import MODULES, to_yaml
+
+FILE_NAME = "streammerge_report.json"
+
+
+def alpha_summary(found: dict[int, LayerAlpha], bounds: tuple[float, float]) -> dict[str, Any]:
+    """α over all query heads: min, mean, max, the share at a bound, and every value by layer."""
+    heads = torch.stack([a.heads for _, a in sorted(found.items())])
+    at_bound = (heads <= bounds[0]) | (heads >= bounds[1])
+    return {
+        "min": float(heads.min()),
+        "mean": float(heads.mean()),
+        "max": float(heads.max()),
+        "share_at_bounds": float(at_bound.double().mean()),
+        "heads": [[round(v, 6) for v in row] for row in heads.tolist()],
+    }
+
+
+def totals(composed: dict[str, Composed]) -> dict[str, float]:
+    """Norms over all merged tensors: ‖λαΔ⊥‖/‖Δ‖, ‖Δ⊥‖/‖Δ‖, the worst leaks, the share of elements that changed."""
+
+    def norm(field: str) -> float:
+        return sum(getattr(c, field) ** 2 for c in composed.values()) ** 0.5
+
+    delta = norm("delta")
+    return {
+        "delta_norm": delta,
+        "delta_over_weight": delta / max(norm("weight"), 1e-30),
+        "applied_norm": norm("applied"),
+        "applied_over_delta": norm("applied") / max(delta, 1e-30),
+        "kept_over_delta": norm("kept") / max(delta, 1e-30),
+        "leak": max((c.leak for c in composed.values()), default=0.0),
+        "written_leak": max((c.written_leak for c in composed.values()), default=0.0),
+        "changed_elements": sum(c.changed for c in composed.values()),
+    }
+
+
+def by_module(plan: Plan, composed: dict[str, Composed]) -> list[dict[str, Any]]:
+    """One row a module role, over all layers: the means of norm ratios and rank / in, the worst leaks."""
+    rows = []
+    for module in MODULES:
+        mine = [c for name, c in composed.items() if plan.merged[name].module == module]
+        if mine:
+            rows.append({
+                "module": module,
+                "kept_over_delta": _mean(c.kept / c.delta if c.delta else 0.0 for c in mine),
+                "applied_over_delta": _mean(c.applied / c.delta if c.delta else 0.0 for c in mine),
+                "rank": _mean(c.rank for c in mine),
+                "rank_over_in": _mean(c.rank / c.width for c in mine),
+                "energy": min(c.energy for c in mine),
+                "leak": max(c.leak for c in mine),
+                "written_leak": max(c.written_leak for c in mine),
+            })  # fmt: skip
+    return rows
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def inputs(plan: Plan) -> dict[str, Any]:
+    """The recipe as it was resolved, the checkpoints, and the versions and machine that ran."""
+    return {
+        "streammerge": __version__,
+        "recipe": yaml.safe_load(to_yaml(plan.recipe)),
+        "models": {c.role: str(c.path) for c in (plan.lrm, plan.itm, plan.base)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {"transformers": transformers.__version__},
+        "tensors": {"merged": len(plan.merged), "copied": len(plan.copied)},
+        "warnings": list(plan.warnings),
+    }
+
+
+def per_tensor(composed: dict[str, Composed]) -> dict[str, dict[str, Any]]:
+    """Every merged tensor's numbers."""
+    return {name: dataclasses.asdict(c) for name, c in composed.items()}
+
+
+def print_summary(report: dict[str, Any], out: Path, console: Any = None) -> None:
+    """The short table for a terminal, on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console(stderr=True)
+    table = Table(title=f"streammerge: {report['recipe']['merge_method']}, λ = {report['recipe']['lambda']}")
+    for column in ("module", "rank / in", "‖Δ⊥‖/‖Δ‖", "‖λαΔ⊥‖/‖Δ‖", "leak fp32", "leak written"):
+        table.add_column(column, justify="right" if column != "module" else "left")
+    for row in report["modules"]:
+        table.add_row(
+            row["module"], f"{row['rank']:.0f} ({row['rank_over_in']:.1%})", f"{row['kept_over_delta']:.3f}",
+            f"{row['applied_over_delta']:.3f}", f"{row['leak']:.1e}", f"{row['written_leak']:.1e}",
+        )  # fmt: skip
+    console.print(table)
+    alpha = report["alpha"]
+    console.print(f"α  min {alpha['min']:.3f}  mean {alpha['mean']:.3f}  max {alpha['max']:.3f}  "
+                  f"at a bound {alpha['share_at_bounds']:.1%}")
+    if report["l_think"]:
+        told = "  ".join(f"{name} {value:.2e}" for name, value in report["l_think"].items())
+        console.print(f"L_think (nats, {report['calibration']['heldout']} held-out samples)  {told}")
+    for warning in report["warnings"]:
+        console.print(f"[yellow]note[/yellow] {warning}")
+    peak = report["memory"]
+    console.print(f"peak memory {format_size(peak['host_beyond_imports'])} beyond imports (host), "
+                  f"{format_size(peak['device'])} (device); {report['seconds']['total']:.1f} s")
+    console.print(f"written to {out}")
