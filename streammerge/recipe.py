@@ -272,6 +272,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         out.append("basis.rank is fixed: give basis.size, the number of directions to protect")
     if recipe.basis.size is not None and recipe.basis.rank != "fixed":
         out.append(f"basis.size is given but basis.rank is {recipe.basis.rank}: write rank: fixed, or drop size")
+    if recipe.merge_method == "task_arithmetic" and (recipe.basis, recipe.coefficients) != (Basis(), Coefficients()):
+        out.append("basis and coefficients belong to merge_method: rain; task_arithmetic would ignore them: drop them")
     low, high = recipe.coefficients.bounds
     if not 0 <= low <= high:
         out.append(f"coefficients.bounds is [{low}, {high}]; wanted 0 <= low <= high")
