@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 1 << 22  # 16 MiB of fp32: what a chunked loop below holds at a time
+_CACHE_ELEMENTS = 1 << 18  # 1 MiB: on a CPU, row scoring is bound by memory unless a chunk stays in the cache
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -79,40 +80,49 @@ def _row_chunks(out: int, step: int, blocks: Sequence[Tensor]):
             yield start, min(start + step, (b + 1) * height), basis
 
 
-def _probabilities(q: Tensor, k: Tensor, at: Tensor, scaling: float, window: int | None) -> Tensor:
-    """Softmax rows of causal attention: q [H, n, D] at positions at [n], k [K, T, D] -> [H, n, T] fp32.
-
-    Query head h reads key head h // (H / K). A window keeps the last `window` positions, the row's own included.
-    """
-    heads, n, dim = q.shape
-    groups = _wide(q).reshape(k.shape[0], -1, dim)  # [K, (H/K) n, D]
-    scores = (groups @ _wide(k).transpose(1, 2) * scaling).view(heads, n, k.shape[1])
-    columns = torch.arange(k.shape[1], device=q.device)
-    hidden = columns[None, :] > at[:, None]
-    if window is not None:
-        hidden |= columns[None, :] <= at[:, None] - window
-    return scores.masked_fill_(hidden, float("-inf")).softmax(-1)
-
-
 def span_mass(q: Tensor, k: Tensor, at: Tensor, spans: Tensor, scaling: float, window: int | None = None) -> Tensor:
-    """Σ_{τ in span} softmax(q kᵀ)[t, τ] for chosen rows t and several spans at once (Eqs. 9 and 10).
+    """Σ_τ softmax(q kᵀ)[t, τ] spans[τ, :] for chosen rows t: attention with the value replaced (Eqs. 9 and 10).
 
-    q [H, n, D]: queries of the chosen rows, after rotary embedding; k [K, T, D]: keys of the whole sample;
-    at [n]: the rows' positions; spans [T, m]: indicator of each span. Returns [H, n, m] fp32.
-    Attention with the value replaced by the indicator; holds one chunk of rows, never [H, T, T].
+    q [H, n, D]: queries of the chosen rows, after rotary embedding; k [K, T, D]: keys of the whole sample; at [n]: the
+    rows' positions, ascending; spans [T, m]: a column a span, its indicator or any other weights. Query head h reads
+    key head h // (H / K). A window keeps the last `window` positions, the row's own included. Returns [H, n, m] fp32.
+    Scores one chunk of rows at a time against the columns that causality leaves them: never [H, T, T].
     """
-    indicator = spans.to(_wide(q[:0]).dtype)
-    step = max(1, _CHUNK_ELEMENTS // max(1, q.shape[0] * k.shape[1]))
+    values = _wide(spans)
+    values = torch.cat([values, values.new_ones(len(values), 1)], dim=1)  # the last column sums up the denominator
+    keys = _wide(k).transpose(1, 2)  # [K, D, T]
+    budget = _CHUNK_ELEMENTS if q.is_cuda else _CACHE_ELEMENTS
+    step = max(1, budget // max(1, q.shape[0] * k.shape[1]))
+    positions = at.tolist()
     parts = [
-        _probabilities(q[:, i : i + step], k, at[i : i + step], scaling, window) @ indicator
-        for i in range(0, q.shape[1], step)
+        _masses(q[:, i : i + step], keys, at[i : i + step], positions[i : i + step], values, scaling, window)
+        for i in range(0, len(positions), step)
     ]
-    return torch.cat(parts, dim=1) if parts else indicator.new_zeros(q.shape[0], 0, spans.shape[1])
+    return torch.cat(parts, dim=1) if parts else values.new_zeros(q.shape[0], 0, spans.shape[1])
+
+
+def _masses(
+    q: Tensor, keys: Tensor, at: Tensor, positions: list[int], values: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    """One chunk of `span_mass`: rows at ascending positions, given on the device and as numbers."""
+    heads, n, dim = q.shape
+    first = 0 if window is None else max(0, positions[0] - window + 1)
+    stop = positions[-1] + 1
+    groups = (_wide(q) * scaling).reshape(keys.shape[0], -1, dim)  # [K, (H/K) n, D]
+    scores = (groups @ keys[:, :, first:stop]).view(heads, n, stop - first)
+    columns = torch.arange(first, stop, device=q.device)
+    hidden = columns > at[:, None]
+    if window is not None:
+        hidden |= columns <= at[:, None] - window
+    scores.masked_fill_(hidden, float("-inf"))
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    mixed = scores @ values[first:stop]
+    return mixed[..., :-1] / mixed[..., -1:]
 
 
 def attended_inputs(q: Tensor, k: Tensor, at: Tensor, x: Tensor, scaling: float, window: int | None = None) -> Tensor:
     """A_h[t] X: the attention-averaged inputs of v_proj at chosen rows (findings.md, 3).
 
-    As `span_mass` with the inputs x [T, d] in place of the indicator. Returns [H, n, d] fp32.
+    As `span_mass` with the inputs x [T, d] in place of the spans. Returns [H, n, d] fp32.
     """
     return span_mass(q, k, at, x, scaling, window)
