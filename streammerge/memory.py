@@ -20,7 +20,8 @@ def parse_size(text: str | int) -> int:
 
     Raises RecipeError for anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    text = str(text)[:60]
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _UNITS:
         raise RecipeError(f"cannot read the size {text!r}: write a number with a unit, such as 8GiB, 500MB or 5G")
     size = int(float(match[1]) * _UNITS[match[2].lower()])

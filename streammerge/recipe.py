@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -43,7 +45,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Thinking:
-    """The markers and the window Ω_think around them. `auto` finds the markers from the LRM's template and tokenizer."""
+    """The markers and the window Ω_think around them. `auto`: found from the LRM's template and tokenizer."""
 
     open: str = "auto"
     close: str = "auto"
@@ -126,6 +128,9 @@ class Recipe:
 
 _YAML_NAMES = {"lambda": "lam"}
 _HIDDEN = {"source"}
+_SIZES = ("device_memory", "host_memory", "shard_size")
+_short = reprlib.Repr()  # of a value in a message: a few aliases can make one whose repr is gigabytes
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 60, 60
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
@@ -171,7 +176,10 @@ def _build(cls: type, node: yaml.Node, source: str, prefix: str, problems: list[
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         where = f"{source}:{key_node.start_mark.line + 1}"
-        key = str(key_node.value)
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"{where}: a key must be a plain word")
+            continue
+        key = key_node.value
         name = shown.get(key)
         if name is None:
             near = difflib.get_close_matches(key, shown, n=1)
@@ -188,20 +196,25 @@ def _build(cls: type, node: yaml.Node, source: str, prefix: str, problems: list[
     return None if problems else cls(**values)
 
 
-def _value(hint: Any, f: dataclasses.Field, node: yaml.Node, at: str, key: str, source: str, problems: list[str]) -> Any:
+def _value(hint: Any, f: dataclasses.Field, node: yaml.Node, at: str, key: str, source: str, problems: list[str]):
     """One field's value, checked against its annotation and its range."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, node, source, key + ".", problems)
     loader = yaml.SafeLoader("")
     try:
         raw = loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError) as error:
-        problems.append(f"{at}: {key}: {error}")
+    except Exception as error:  # a tag such as !!timestamp raises whatever its parser trips over
+        problems.append(f"{at}: {key}: cannot be read as YAML ({type(error).__name__}: {str(error).splitlines()[0]})")
         return None
     try:
         value = layer_indices(raw) if key == "layers" and raw is not None else _coerce(hint, raw)
-    except (TypeError, ValueError) as error:
-        problems.append(f"{at}: {key} is {raw!r}; wanted {error}")
+        if key.endswith(_SIZES) and value != "auto":
+            parse_size(value)
+    except RecipeError as error:
+        problems.append(f"{at}: {key}: {error}")
+        return None
+    except (TypeError, ValueError, OverflowError) as error:
+        problems.append(f"{at}: {key} is {_short.repr(raw)}; wanted {error}")
         return None
     limits = f.metadata
     if isinstance(value, (int, float)) and not isinstance(value, bool) and limits:
@@ -227,7 +240,9 @@ def _coerce(hint: Any, raw: Any) -> Any:
         if not isinstance(raw, list) or (Ellipsis not in args and len(raw) != len(args)):
             raise ValueError("a list" if Ellipsis in args else f"a list of {len(args)} numbers")
         return tuple(_coerce(args[0], item) for item in raw)
-    if hint is float and isinstance(raw, (int, float)) and not isinstance(raw, bool) and abs(raw) < float("inf"):
+    if hint is float and isinstance(raw, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}", raw):
+        return float(raw)  # YAML 1.1 takes 1e-3 for a text
+    if hint is float and isinstance(raw, (int, float)) and not isinstance(raw, bool) and abs(raw) < 1e300:
         return float(raw)
     if hint is str and isinstance(raw, (str, int, float)) and not isinstance(raw, bool):
         return str(raw)
@@ -241,10 +256,12 @@ def layer_indices(raw: Any) -> tuple[int, ...]:
     """'0-3, 7' or [0, 1, '5-8'] -> sorted layer numbers (ranges include both ends)."""
     chosen: set[int] = set()
     for item in raw if isinstance(raw, list) else str(raw).split(","):
-        low, dash, high = str(item).strip().partition("-")
-        if not low.isdigit() or (dash and not high.strip().isdigit()):
+        found = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", str(item) if type(item) in (int, str) else "")
+        if not found or int(found[1]) > int(found[2] or found[1]):
             raise ValueError("layer numbers and ranges, such as '0-3, 7'")
-        chosen.update(range(int(low), int(high or low) + 1))
+        chosen.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+    if not chosen:
+        raise ValueError("at least one layer (or leave the key out: all layers)")
     return tuple(sorted(chosen))
 
 
@@ -252,7 +269,7 @@ def _with_paths(recipe: Recipe, directory: Path) -> Recipe:
     """Relative paths that exist beside the recipe become absolute; anything else stays as written."""
 
     def resolve(name: str) -> str:
-        beside = directory / Path(name).expanduser()
+        beside = directory.absolute() / Path(name).expanduser()
         return str(beside) if name and beside.exists() else name
 
     models = {key: resolve(getattr(recipe, key)) for key in ("base_model", "instruct_model", "reasoning_model")}
@@ -281,11 +298,6 @@ def _contradictions(recipe: Recipe) -> list[str]:
         out.append("calibration.reasoning is missing: the null space needs reasoning samples (or basis.rank: none)")
     if recipe.needs_instruction and not recipe.calibration.instruction:
         out.append("calibration.instruction is missing: coefficients need instruction samples (or rule: uniform)")
-    for key in ("device_memory", "host_memory"):
-        value = getattr(recipe.budget, key)
-        if value != "auto":
-            parse_size(value)
-    parse_size(recipe.shard_size)
     return out
 
 
