@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from streammerge.attention import AttentionMass
-from streammerge.batches import make_batches
 from streammerge.bases import LayerBases, build_bases, feature_kind
+from streammerge.batches import make_batches
 from streammerge.capture import FeatureCapture
 from streammerge.coefficients import alphas
 from streammerge.compose import LayerAlpha, compose
@@ -33,8 +33,8 @@ def watch(model, plan, batches, make_observer, sites):
             for site in sites:
                 linear = layer.get_submodule(plan.family.modules[SITES[site][0]])
                 hooks.append(linear.register_forward_pre_hook(
-                    lambda _, args, o=observer, s=site: o.on_input(n, s, args[0])))  # fmt: skip
-            layer.self_attn._streammerge_watcher = lambda call, o=observer: o.on_attention(n, AttentionInputs(
+                    lambda _, args, o=observer, s=site, n=n: o.on_input(n, s, args[0])))  # fmt: skip
+            layer.self_attn._streammerge_watcher = lambda call, o=observer, n=n: o.on_attention(n, AttentionInputs(
                 call.q, call.k, call.scaling, call.window))  # fmt: skip
         with torch.no_grad():
             model.model(input_ids=batch.ids, use_cache=False)
