@@ -67,7 +67,7 @@ def families() -> dict[str, Family]:
 def family_of(config: dict[str, Any], where: str) -> Family:
     """The family of a config.json. Raises InputError for one that has no file."""
     kind = config.get("model_type")
-    if kind not in families():
+    if not isinstance(kind, str) or kind not in families():
         raise InputError(
             f"{where}: model_type is {kind!r}; the families known are {', '.join(sorted(families()))}. "
             "A new family is one JSON file in streammerge/families (README, 'How to add a family')"

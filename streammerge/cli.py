@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
+import time
 from pathlib import Path
 
 from . import __version__
@@ -58,10 +60,10 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
     merge.add_argument("out", type=Path, metavar="OUT", help="output directory, new or empty")
     merge.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    merge.add_argument("--device-memory", metavar="SIZE", help="limit on the device, e.g. 8GiB (default: recipe's)")
-    merge.add_argument("--host-memory", metavar="SIZE", help="limit on the host, e.g. 16GiB (default: recipe's)")
-    merge.add_argument("--tokens-per-batch", type=int, metavar="N", help="calibration tokens on the device at a time")
-    merge.add_argument("--lambda", dest="lam", type=float, metavar="λ", help="override the recipe's lambda")
+    merge.add_argument("--device-memory", type=_size, metavar="SIZE", help="device limit, as 8GiB (default: recipe's)")
+    merge.add_argument("--host-memory", type=_size, metavar="SIZE", help="host limit, as 16GiB (default: recipe's)")
+    merge.add_argument("--tokens-per-batch", type=_tokens, metavar="N", help="calibration tokens in a batch")
+    merge.add_argument("--lambda", dest="lam", type=_finite, metavar="λ", help="override the recipe's lambda")
     merge.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     _add_output_flags(merge)
     merge.set_defaults(run=_merge)
@@ -77,6 +79,30 @@ def parser() -> argparse.ArgumentParser:
     _add_output_flags(demo)
     demo.set_defaults(run=_demo)
     return top
+
+
+def _size(text: str) -> str:
+    """A size for a budget flag, checked as the recipe's own are."""
+    from .memory import parse_size
+
+    try:
+        parse_size(text)
+    except StreamMergeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+def _tokens(text: str) -> int:
+    if int(text) < 64:
+        raise argparse.ArgumentTypeError(f"{text} is too few; wanted at least 64")
+    return int(text)
 
 
 def _add_output_flags(command: argparse.ArgumentParser) -> None:
@@ -134,9 +160,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except StreamMergeError as error:
-        print(f"streammerge: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(args, f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
-        print("streammerge: interrupted; nothing was left behind", file=sys.stderr)
-        return 130
+        return _failed(args, "interrupted; nothing was left behind", 130)
     return 0
+
+
+def _failed(args: argparse.Namespace, message: str, exit_code: int) -> int:
+    """Tell the user on stderr, in the format of the log."""
+    if args.log_format == "json":
+        record = {"ts": round(time.time(), 3), "level": "error", "event": message, "exit_code": exit_code}
+        print(json.dumps(record), file=sys.stderr)
+    else:
+        print(f"streammerge: {message}", file=sys.stderr)
+    return exit_code

@@ -21,13 +21,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .arch import SITES, Family
 from .batches import Batch
-from .errors import InputError
+from .errors import InputError, listed
 from .io.checkpoint import Checkpoint
 from .io.stash import Stash
 
@@ -98,16 +98,18 @@ class StreamedModel:
     def __init__(self, checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype):
         try:
             config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{checkpoint.path}/config.json: transformers cannot read it: {error}") from None
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+        except Exception as error:  # transformers raises whatever its parsers and modules raise
+            raise InputError(f"{checkpoint.path}/config.json: transformers cannot build the model "
+                             f"({type(error).__name__}: {str(error)[:500]})") from None
         self.checkpoint, self.family, self.device, self.dtype = checkpoint, family, device, dtype
         self._skeleton = getattr(model, model.base_model_prefix).eval()
         self.norm, self._skeleton.norm = self._skeleton.norm, nn.Identity()
         self.layers = list(self._skeleton.layers)
         for layer in self.layers:
             layer.eval()
+        self._names = _fitting_names(self.layers, checkpoint, family)
         self._skeleton.layers = nn.ModuleList(_Recorder(layer) for layer in self.layers)
         rotary = self._skeleton.rotary_emb
         self._skeleton.rotary_emb = type(rotary)(config=config).to(device)  # its buffers are computed, not loaded
@@ -135,6 +137,7 @@ class StreamedModel:
         sites that the observer wants to see (it always sees the attention).
         """
         module = self.layers[layer]
+        weights = {name: weights[name] for name in self._names[layer]}
         for n, batch in enumerate(stream.batches):
             hidden = stream.stash.fetch(n)
             self._skeleton(inputs_embeds=hidden, use_cache=False)
@@ -157,6 +160,27 @@ class StreamedModel:
             for row, sample in enumerate(batch.samples):
                 rows[sample] = normed[row, list(positions[sample])]
         return torch.cat([rows[s] for s in sorted(rows)])
+
+
+def _fitting_names(layers: list[nn.Module], checkpoint: Checkpoint, family: Family) -> list[list[str]]:
+    """Names inside each layer that its module takes; InputError unless the checkpoint has just these, in their shapes.
+
+    Old Llama checkpoints also store rotary frequencies, which the modules compute.
+    """
+    names, problems = [], []
+    for n, layer in enumerate(layers):
+        prefix = family.layer_prefix(n)
+        wanted = {name: list(t.shape) for name, t in layer.state_dict().items()}
+        found = {k.removeprefix(prefix): list(t.shape) for k, t in checkpoint.tensors.items() if k.startswith(prefix)}
+        for name in sorted(wanted.keys() | found.keys()):
+            has, wants = found.get(name, "no such tensor"), wanted.get(name, "no such tensor")
+            if has != wants and not name.endswith("rotary_emb.inv_freq"):
+                problems.append(f"{prefix}{name}: the checkpoint has {has}; wanted {wants}")
+        names.append(list(wanted))
+    if problems:
+        raise InputError(listed(f"{checkpoint.role}: the weights in {checkpoint.path} do not fit its config.json:",
+                                problems, "Download the checkpoint again: config.json and weights belong together."))
+    return names
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
         dtype = compute_dtype(plan, where)
         estimate = predict(plan, data, where, dtype)
         model = StreamedModel(plan.lrm, plan.family, where, dtype)
+        made = [p for p in (out, *out.parents) if not p.exists()]
         with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size)) as writer:
             scratch = out / ".streammerge" / "bases"
             try:
@@ -66,21 +68,21 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
                     writer.add_file(source.name, source)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-            writer.finish()
-        verified = _undo_on_error(out, lambda: verify_output(plan, out))
-    result = {
-        **report.inputs(plan),
-        **told,
-        "calibration": data.notes | {"heldout": len(data.heldout)},
-        "verified": verified,
-        "device": str(where),
-        "compute_dtype": str(dtype).removeprefix("torch."),
-        "kernels": "torch reference",
-        "plan": estimate.as_dict(),
-        "memory": _peaks(where, floor, fresh_meter),
-        "seconds": {"total": round(time.perf_counter() - began, 3), "sweep": round(swept, 3)},
-    }
-    _write_report(out, result)
+            with _undo_on_error(out, writer.files, made):
+                writer.finish()
+                result = {
+                    **report.inputs(plan),
+                    **told,
+                    "calibration": data.notes | {"heldout": len(data.heldout)},
+                    "verified": verify_output(plan, out),
+                    "device": str(where),
+                    "compute_dtype": str(dtype).removeprefix("torch."),
+                    "kernels": "torch reference",
+                    "plan": estimate.as_dict(),
+                    "memory": _peaks(where, floor, fresh_meter),
+                    "seconds": {"total": round(time.perf_counter() - began, 3), "sweep": round(swept, 3)},
+                }
+                _write_report(out, result)
     return result
 
 
@@ -161,12 +163,20 @@ def _refuse_unchanged(plan: Plan, totals: dict[str, float]) -> None:
     )
 
 
-def _undo_on_error(out: Path, check: Callable[[], Any]) -> Any:
-    """Run a check of the finished output; a checkpoint that fails it does not stay under a final name."""
+@contextmanager
+def _undo_on_error(out: Path, files: list[str], made: list[Path]) -> Iterator[None]:
+    """A finished checkpoint that fails its check, or is interrupted in it, does not stay under a final name.
+
+    Only what this run wrote goes: `files` in `out`, and the directories that it `made`, innermost first.
+    """
     try:
-        return check()
+        yield
     except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
+        for name in (*files, report.FILE_NAME, report.FILE_NAME + ".partial"):
+            (out / name).unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # somebody else put a file there
+                folder.rmdir()
         raise
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -75,7 +76,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """Open and compare the checkpoints. Raises InputError that lists everything that does not fit."""
     lrm, itm, base = _open_all(recipe)
     family, layers = family_of(lrm.config, str(lrm.path / "config.json")), lrm.config["num_hidden_layers"]
-    problems = [*_unlike(lrm, itm), *_unlike(lrm, base)]
+    problems = [p for other in distinct(itm, base) for p in _unlike(lrm, other)]
     for checkpoint in distinct(lrm, itm, base):
         if "quantization_config" in checkpoint.config:
             problems.append(f"{checkpoint.role}: {checkpoint.path} is quantized; give the full-precision checkpoint")
@@ -101,7 +102,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _open_all(recipe: Recipe) -> list[Checkpoint]:
-    """The three checkpoints; everything wrong with any of them in one error."""
+    """The three checkpoints; everything wrong with any of them, or with the inputs' names, in one error."""
     names = {"reasoning_model": recipe.reasoning_model, "instruct_model": recipe.instruct_model}
     names["base_model"] = recipe.base_model
     opened, problems = {}, []
@@ -110,18 +111,51 @@ def _open_all(recipe: Recipe) -> list[Checkpoint]:
             continue
         try:
             opened[role] = open_checkpoint(resolve_model(name, role), role)
+            wrong = _bad_numbers(opened[role])
         except StreamMergeError as error:
-            problems.append(str(error))
+            wrong = [str(error)]
+        problems += wrong
+    for kind in ("reasoning", "instruction"):
+        name = getattr(recipe.calibration, kind)
+        if name and not Path(name).is_file():
+            problems.append(f"calibration.{kind}: {name}: no such file; give a path relative to the recipe")
+    if len(problems) == 1:
+        raise InputError(problems[0])
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputError(listed("The inputs cannot be used:", map(_indented, problems)))
     return [opened.get(role, opened["reasoning_model"]) for role in names]
+
+
+def _indented(problem: str, most: int = 9) -> str:
+    """A problem of several lines as one item of a list; three broken checkpoints still fit one screen."""
+    lines = problem.splitlines()
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"… and {len(lines) - most + 1} more lines"]
+    return "\n    ".join(line.strip() for line in lines)
+
+
+def _bad_numbers(checkpoint: Checkpoint) -> list[str]:
+    """Sizes in config.json that are missing or make no sense: everything else is derived from them.
+
+    Raises InputError for a family that is not known.
+    """
+    config, where = checkpoint.config, f"{checkpoint.role}: {checkpoint.path}/config.json"
+    family_of(config, where)
+    problems = []
+    for key in _SAME[1:]:
+        value = config.get(key)
+        optional = key in ("num_key_value_heads", "head_dim") and value is None
+        if not optional and (type(value) is not int or value < 1):
+            found = f"is {str(value)[:40]!r}" if key in config else "is missing"
+            problems.append(f"{where}: {key} {found}; wanted a whole number above 0")
+    if not problems and config["num_attention_heads"] % (config.get("num_key_value_heads") or 1):
+        problems.append(f"{where}: num_attention_heads is no multiple of num_key_value_heads")
+    return problems
 
 
 def _unlike(lrm: Checkpoint, other: Checkpoint) -> list[str]:
     """Config values that must be the same in all three."""
     a, b = dict(lrm.config), dict(other.config)
-    if not {"num_attention_heads", "hidden_size"} <= a.keys() & b.keys():
-        return [f"{c.path}/config.json lacks num_attention_heads or hidden_size" for c in (lrm, other)]
     for config in (a, b):
         layout = head_layout(config)
         config["num_key_value_heads"], config["head_dim"] = layout.kv_heads, layout.head_dim

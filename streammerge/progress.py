@@ -1,4 +1,4 @@
-"""What a user sees while a merge runs: a bar with an ETA on a terminal, JSON lines for a pipeline, else one line a stage.
+"""What a user sees while a merge runs: a bar with an ETA on a terminal, JSON lines for a pipeline, else a line a stage.
 
 Everything goes to stderr; stdout is kept for results.
 """
@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any, Literal
 
-from .memory import format_size, host_now, host_peak
+from .memory import host_now, host_peak
 
 Mode = Literal["auto", "quiet", "json"]
 
@@ -46,13 +46,12 @@ class Progress:
         self._began, self._tokens, self._bytes = time.perf_counter(), 0, 0
         if self.mode == "auto" and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[rates]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-                console=Console(stderr=True),
+                TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.percentage:>3.0f}% ETA"),
+                TimeRemainingColumn(compact=True), TextColumn("{task.fields[rates]}"), console=Console(stderr=True),
             )  # fmt: skip
             self._bar.start()
             self._task = self._bar.add_task(label, total=max(1, total), rates="")
@@ -63,8 +62,8 @@ class Progress:
         self._bytes += nbytes
         if self._bar is not None:
             seconds = max(1e-9, time.perf_counter() - self._began)
-            rates = f"{self._tokens / seconds:,.0f} tok/s  {format_size(self._bytes / seconds)}/s"
-            rates += f"  peak {format_size(host_peak())}"
+            rates = f"{self._tokens / seconds / 1e3:.1f}k tok/s {self._bytes / seconds / 1e6:.0f} MB/s"
+            rates += f" peak {host_peak() / 1e9:.2f} GB"
             told = {"description": label} if label else {}
             self._bar.update(self._task, advance=units, rates=rates, **told)
 

@@ -93,6 +93,8 @@ def sweep(run: Run) -> None:
     """Merge every layer and write it. Fills run.composed, run.alphas and run.masses."""
     for stream in run.streams.all():
         run.model.embed(stream)
+        if not all(torch.isfinite(stream.stash.fetch(n)).all() for n in range(len(stream.batches))):
+            raise non_finite_everywhere(run.plan)
     known = survey(run) if surveyed(run.plan) else None
     for layer in range(run.plan.layers):
         run.progress.advance(label=f"merge: layer {layer + 1}/{run.plan.layers}")
