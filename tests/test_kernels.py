@@ -1,0 +1,307 @@
+"""Every kernel's plain twin against float64: odd shapes, strides, empty inputs, half precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from streammerge.kernels import attended_inputs, gram_update, project, span_mass
+from streammerge.kernels import reference as kernels
+
+# Relative Frobenius error against float64 on the *same* (already rounded) inputs: arithmetic is fp32 for all of them.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
+HALVES = [torch.float32, torch.float16, torch.bfloat16]
+ODD = [1, 41, 123]
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+    assert found.shape == wanted.shape
+    error = float((found.double() - wanted.double()).norm() / max(float(wanted.double().norm()), 1e-30))
+    assert error <= TOLERANCE[dtype], error
+
+
+def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values with gaps between rows and columns."""
+    wide = torch.zeros(*(2 * n for n in x.shape), dtype=x.dtype)
+    view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
+    return view.copy_(x)
+
+
+def basis(width: int, rank: int, seed: int = 7) -> torch.Tensor:
+    return torch.linalg.qr(randn(width, width, seed=seed))[0][:, :rank].contiguous()
+
+
+# ---- gram_update
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("width", ODD)
+@pytest.mark.parametrize("rows", [0, *ODD])
+def test_gram_update(rows, width, dtype):
+    x, start = randn(rows, width, dtype=dtype), randn(width, width, seed=1)
+    start = start + start.T
+    cov = start.clone()
+    assert gram_update(cov, strided(x)) is cov
+    close(cov, start.double() + x.double().T @ x.double(), dtype)
+
+
+def test_gram_update_adds_up_over_parts():
+    x, cov = randn(123, 41), torch.zeros(41, 41, dtype=torch.float64)
+    for part in x.split(17):
+        gram_update(cov, part)
+    close(cov, x.double().T @ x.double(), torch.float64)
+
+
+# ---- project
+
+
+def projected(lrm, itm, base, blocks, rows, cols, lam):
+    """The formula of method.md, section 2, written out in float64: scale first, project second."""
+    delta = rows.double()[:, None] * (itm.double() - base.double()) * cols.double()
+    parts = delta.chunk(len(blocks)) if blocks else [delta]
+    kept = [p - (p @ u.double()) @ u.double().T for p, u in zip(parts, blocks, strict=True)] if blocks else parts
+    return lrm.double() + lam * torch.cat(kept)
+
+
+def weights(out: int, width: int, dtype=torch.float32):
+    return [randn(out, width, seed=n, dtype=dtype) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("out, width, rank, blocks", [
+    (1, 1, 1, 1), (1, 41, 3, 1), (41, 1, 0, 1), (123, 41, 40, 1), (41, 123, 5, 1), (123, 123, 41, 1),
+    (123, 41, 7, 3), (4, 41, 7, 4), (41, 123, 5, 0),
+])  # fmt: skip
+def test_project(out, width, rank, blocks, dtype):
+    lrm, itm, base = weights(out, width, dtype)
+    bases = [basis(width, rank, seed=10 + b) for b in range(blocks)]
+    rows, cols = torch.rand(out) + 0.5, torch.rand(width) + 0.5
+    wanted = projected(lrm, itm, base, bases, rows, cols, 0.7)
+    for chunk in (1, 5 * width, 1 << 22):  # one row at a time, odd chunks, all at once
+        merged, _ = project(lrm, itm, base, bases, rows, cols, 0.7, chunk_elements=chunk)
+        assert merged.dtype == torch.float32
+        close(merged, wanted, dtype)
+    merged, _ = project(strided(lrm), strided(itm), strided(base), [strided(b) for b in bases], rows, cols, 0.7)
+    close(merged, wanted, dtype)
+
+
+def test_project_leaves_its_inputs_alone():
+    lrm, itm, base = weights(41, 41)
+    kept = [w.clone() for w in (lrm, itm, base)]
+    project(lrm, itm, base, [basis(41, 3)], torch.ones(41) * 2, torch.ones(41), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (lrm, itm, base), strict=True))
+
+
+@pytest.mark.parametrize("blocks", [[], [torch.zeros(41, 0)], [torch.zeros(41, 0)] * 3])
+def test_rank_zero_gives_the_whole_delta(blocks):
+    lrm, itm, base = weights(123, 41)
+    merged, norms = project(lrm, itm, base, blocks, torch.ones(123), torch.ones(41), 0.5)
+    assert torch.equal(merged, lrm + 0.5 * (itm - base))
+    assert norms[0] == norms[2] and norms[1] == norms[3] == norms[4] == 0
+
+
+def test_full_rank_protects_everything():
+    lrm, itm, base = weights(123, 41)
+    merged, norms = project(lrm, itm, base, [basis(41, 41)], torch.ones(123), torch.ones(41), 1.0)
+    assert float(norms[2]) < 1e-10 * float(norms[0])
+    close(merged, lrm, torch.float32)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_projecting_twice_changes_nothing(blocks):
+    lrm, itm, base = weights(123, 41)
+    bases = [basis(41, 9, seed=b) for b in range(blocks)]
+    ones, zero = (torch.ones(123), torch.ones(41)), torch.zeros(123, 41)
+    once, _ = project(zero, itm, base, bases, *ones, 1.0)
+    twice, norms = project(zero, once, zero, bases, *ones, 1.0)
+    close(twice, once, torch.float32)
+    assert float(norms[1] / norms[0]) < 1e-11
+
+
+def test_norms():
+    lrm, itm, base = weights(123, 41)
+    u, rows, cols = basis(41, 9), torch.rand(123), torch.rand(41)
+    _, norms = project(lrm, itm, base, [u], rows, cols, 3.0)
+    delta = itm.double() - base.double()
+    scaled, wide = rows.double()[:, None] * delta * cols.double(), u.double()
+    kept = scaled - scaled @ wide @ wide.T
+    wanted = [x.square().sum() for x in (delta, delta @ wide, kept, scaled @ wide)]
+    torch.testing.assert_close(norms[:4], torch.stack(wanted), rtol=1e-5, atol=0)
+    assert float(norms[4]) <= 1e-10 * float(norms[3])
+
+
+def test_each_row_block_has_its_own_basis():
+    """v_proj: block b of the rows is protected in the span of basis b, and of no other."""
+    lrm, itm, base = weights(12, 41)
+    bases = [basis(41, 9, seed=b) for b in range(3)]
+    merged, _ = project(torch.zeros(12, 41), itm, base, bases, torch.ones(12), torch.ones(41), 1.0)
+    for b, rows in enumerate(merged.chunk(3)):
+        for other, u in enumerate(bases):
+            leak = float((rows @ u).norm() / rows.norm())
+            assert leak < 1e-6 if other == b else leak > 0.1
+
+
+def test_scale_then_project_keeps_the_null_space_and_the_other_order_does_not():
+    """o_proj: α scales column blocks, which leaves the null space when it comes second (method.md, section 2)."""
+    lrm, itm, base = weights(41, 123)
+    u, alpha = basis(123, 20), torch.rand(3).repeat_interleave(41) * 2
+    features = randn(50, 20, seed=5) @ u.T
+    merged, _ = project(lrm, itm, base, [u], torch.ones(41), alpha, 1.0)
+    unscaled, _ = project(torch.zeros_like(lrm), itm, base, [u], torch.ones(41), torch.ones(123), 1.0)
+    other_order = unscaled * alpha
+    outputs = ((itm - base) @ features.T).norm()
+    assert float(((merged - lrm) @ features.T).norm() / outputs) < 1e-5
+    assert float((other_order @ features.T).norm() / outputs) > 0.1
+
+
+# ---- span_mass and attended_inputs
+
+
+def eager(q, k, at, values, scaling, window, dtype=torch.float64):
+    """softmax(q kᵀ) V in float64 with the whole [H, n, T] matrix, kv heads repeated as transformers does."""
+    k = k.to(dtype).repeat_interleave(q.shape[0] // k.shape[0], dim=0)
+    scores = q.to(dtype) @ k.transpose(1, 2) * scaling
+    columns = torch.arange(k.shape[1])
+    hidden = columns > at[:, None]
+    if window is not None:
+        hidden |= columns <= at[:, None] - window
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values.to(dtype)
+
+
+def call(heads=4, kv_heads=2, tokens=41, dim=12, rows=(0, 3, 17, 18, 40), spans=3, dtype=torch.float32):
+    q, k = randn(heads, len(rows), dim, dtype=dtype), randn(kv_heads, tokens, dim, seed=1, dtype=dtype)
+    return 3 * q, k, torch.tensor(rows, dtype=torch.long), (randn(tokens, spans, seed=2) > 0.5).float()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("window", [None, 1, 5, 24, 1000])
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 2), (6, 2), (4, 4), (6, 1)])
+def test_span_mass(heads, kv_heads, window, dtype):
+    q, k, at, spans = call(heads, kv_heads, dtype=dtype)
+    found = span_mass(q, k, at, spans, 0.3, window)
+    assert found.dtype == torch.float32
+    close(found, eager(q, k, at, spans, 0.3, window), dtype)
+    close(span_mass(strided(q), strided(k), at, strided(spans), 0.3, window), found, dtype)
+
+
+@pytest.mark.parametrize("tokens", ODD)
+@pytest.mark.parametrize("dim", ODD)
+def test_span_mass_over_odd_shapes(tokens, dim):
+    q, k, at, spans = call(tokens=tokens, dim=dim, rows=tuple(range(0, tokens, 2)), spans=1)
+    close(span_mass(q, k, at, spans + 0.5, 0.2), eager(q, k, at, spans + 0.5, 0.2, None), torch.float32)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("budget", [1, 4 * 41 * 2, 4 * 41 * 3, 1 << 20])
+def test_chunk_boundaries(monkeypatch, budget, window):
+    """One row a chunk, two, three, all: with rows far apart, each chunk sees other columns."""
+    monkeypatch.setattr(kernels, "_CACHE_ELEMENTS", budget)
+    sizes = []
+    plain = kernels._masses
+    monkeypatch.setattr(kernels, "_masses", lambda q, *a: sizes.append(q.shape[1]) or plain(q, *a))
+    q, k, at, spans = call(rows=(0, 3, 4, 17, 18, 39, 40))
+    close(span_mass(q, k, at, spans, 0.3, window), eager(q, k, at, spans, 0.3, window), torch.float32)
+    assert sizes == {1: [1] * 7, 328: [2, 2, 2, 1], 492: [3, 3, 1], 1 << 20: [7]}[budget]
+
+
+def test_gqa_maps_by_group():
+    """Query head h reads kv head h // group: with all keys but one at zero, only its group's masses move."""
+    q, k, at, spans = call(heads=6, kv_heads=2)
+    still = span_mass(q, torch.zeros_like(k), at, spans, 0.3)
+    k[0] = 0
+    moved = (span_mass(q, k, at, spans, 0.3) - still).abs().amax(dim=(1, 2))
+    assert float(moved[:3].max()) == 0 and float(moved[3:].min()) > 0.01
+
+
+def test_rows_see_no_later_column():
+    q, k, at, _ = call()
+    later = torch.zeros(41, 1)
+    later[18:] = 1
+    mass = span_mass(q, k, at, later, 0.3)[..., 0]
+    assert torch.equal(mass[:, at < 18], torch.zeros(4, 3))
+    assert float(mass[:, at >= 18].min()) > 0
+    everything = span_mass(q, k, at, torch.ones(41, 1), 0.3)
+    torch.testing.assert_close(everything, torch.ones_like(everything))
+
+
+def test_large_scores_do_not_overflow():
+    q, k, at, spans = call()
+    found = span_mass(q * 1000, k, at, spans, 1.0)
+    assert torch.isfinite(found).all()
+    close(found, eager(q * 1000, k, at, spans, 1.0, None), torch.float32)
+
+
+def test_no_rows_and_no_spans():
+    q, k, at, spans = call()
+    assert span_mass(q[:, :0], k, at[:0], spans, 0.3).shape == (4, 0, 3)
+    assert span_mass(q, k, at, spans[:, :0], 0.3).shape == (4, 5, 0)
+
+
+def test_float64_stays():
+    q, k, at, spans = (x.double() if x.is_floating_point() else x for x in call())
+    close(span_mass(q, k, at, spans, 0.3), eager(q, k, at, spans, 0.3, None), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("width", ODD)
+def test_attended_inputs(width, window, dtype):
+    q, k, at, _ = call(dtype=dtype)
+    x = randn(41, width, seed=3, dtype=dtype)
+    close(attended_inputs(q, k, at, strided(x), 0.3, window), eager(q, k, at, x, 0.3, window), dtype)
+
+
+# ---- the masses of a whole model
+
+
+def test_masses_equal_eager_attention_weights(any_trio):
+    """AttentionMass over the streamed forward against transformers' eager attention, to 1e-5, layer by layer: rotary
+    embedding, q/k norm, biases, sliding window, head_dim and GQA are all as the model has them."""
+    from transformers import AutoModelForCausalLM
+
+    from streammerge.attention import AttentionMass
+    from streammerge.batches import make_batches
+    from streammerge.calibration import Instruction, InstructionSample
+    from streammerge.forward import Stream, StreamedModel
+    from streammerge.plan import family_of, open_checkpoint
+
+    family, paths = any_trio
+    samples = []
+    for n, length in enumerate((52, 37, 61)):
+        ids = tuple(torch.randint(0, 400, (length,), generator=torch.Generator().manual_seed(n)).tolist())
+        near = Instruction("near", (20, 21, 25), (30, 31, length - 1), (33,))
+        far = Instruction("far", (2, 3, 4, 30), (29, 35), (31, length - 2))
+        samples.append(InstructionSample(str(n), ids, (near, far)))
+    checkpoint = open_checkpoint(paths["lrm"], "reasoning_model")
+    arch = family_of(checkpoint.config, "here")
+    cpu = torch.device("cpu")
+    model = StreamedModel(checkpoint, arch, cpu, torch.float32)
+    resident = AutoModelForCausalLM.from_pretrained(paths["lrm"], dtype=torch.float32, attn_implementation="eager")
+    resident.eval()
+    for rows, shift in (("predicting", 1), ("token", 0)):
+        stream = Stream(make_batches(samples, 128), cpu)
+        assert [len(b.samples) for b in stream.batches] == [2, 1]
+        model.embed(stream)
+        found = []
+        for layer in range(3):
+            observer = AttentionMass(samples, stream.batches, 4, rows)
+            prefix = arch.layer_prefix(layer)
+            tensors = {n: checkpoint.read(n) for n in checkpoint.tensors if n.startswith(prefix)}
+            model.advance(layer, {n.removeprefix(prefix): t for n, t in tensors.items()}, stream, observer=observer)
+            found.append(observer.result())
+        a, u = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+        for sample in samples:
+            with torch.no_grad():
+                weights = resident(torch.tensor([sample.ids]), output_attentions=True).attentions
+            for layer, attention in enumerate(weights):
+                for one in sample.instructions:
+                    for total, tokens in ((a, one.aligned), (u, one.unrelated)):
+                        at = torch.tensor(tokens) - shift
+                        total[layer] += attention[0, :, at][:, :, list(one.columns)].double().mean((1, 2)) / 6
+        for layer in range(3):
+            torch.testing.assert_close(found[layer].alignment, a[layer], rtol=0, atol=1e-5)
+            torch.testing.assert_close(found[layer].leakage, u[layer], rtol=0, atol=1e-5)
+        assert float(a.min()) >= 0 and float(a.max()) > 0.01 and float(u.max()) > 0.01, family
