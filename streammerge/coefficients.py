@@ -35,7 +35,8 @@ def alphas(masses: Sequence[LayerMass], coefficients: Coefficients, layout: Head
 
 def _standardized(g: Tensor, curvature: Tensor, kappa: float) -> Tensor:
     deviation = g.std(unbiased=False)
-    z = (g - g.mean()) / deviation if deviation > 0 else torch.zeros_like(g)
+    told = deviation > 1e-6 * g.abs().max()  # masses are fp32: a smaller deviation is rounding, not a preference
+    z = (g - g.mean()) / deviation if told else torch.zeros_like(g)
     return 1 + kappa * z
 
 
