@@ -17,6 +17,7 @@ from pathlib import Path
 
 from . import __version__
 from .errors import StreamMergeError
+from .memory import tame_allocator
 
 _EXIT_CODES = """exit codes:
   0  done                       5  the written checkpoint failed verification
@@ -157,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # idle OpenMP threads that spin steal the core from those that work: tenfold slower on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    tame_allocator()
     try:
         args.run(args)
     except StreamMergeError as error:

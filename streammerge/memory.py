@@ -6,6 +6,7 @@ meter is torch's allocator peak.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 
@@ -76,3 +77,29 @@ def device_peak(device: str) -> int:
     import torch
 
     return torch.cuda.max_memory_allocated(device)
+
+
+def _libc(name: str):
+    """A function of the C library where it is glibc, else None."""
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def tame_allocator() -> bool:
+    """Keep glibc from holding on to large freed blocks. For a process that is ours: the setting is process-wide.
+
+    Left alone, malloc raises its mmap threshold to the largest block freed so far (up to 32 MB). Weights and
+    activations then live in a heap that fragments, and the resident set grows with the number of layers (measured
+    on SmolLM2-135M: 320 MB beyond imports instead of 200). Below 4 MB the page faults would cost more than is saved.
+    """
+    mallopt = _libc("mallopt")
+    return bool(mallopt and mallopt(-3, 4 << 20) and mallopt(-1, 32 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+def give_back() -> None:
+    """Return the heap's free pages to the kernel, so that one layer's leftovers do not add up to the next one's."""
+    trim = _libc("malloc_trim")
+    if trim:
+        trim(0)

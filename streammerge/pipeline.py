@@ -49,6 +49,7 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
     with progress:
         plan = make_plan(recipe)
         data = calibrate(plan, progress)
+        memory.give_back()  # the tokenizer's
         dtype = compute_dtype(plan, where)
         estimate = predict(plan, data, where, dtype)
         model = StreamedModel(plan.lrm, plan.family, where, dtype)

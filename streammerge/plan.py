@@ -25,6 +25,7 @@ _SAME = (
 ).split()
 _TOLD = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "vocab_size", "sliding_window")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_INTERPRETER = 64 << 20  # what loads after the meter's start: a tokenizer (40 MB for 50k tokens), a family's modules
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -249,14 +250,25 @@ def _estimate(plan: Plan, data: CalibrationSet, device: torch.device, dtype: tor
     if rows and plan.recipe.thinking.attended_values:
         features += 4 * layout.kv_heads * width * min(rows * (1 + layout.group), width)
     held = sum(len(s.ids) for s in (*data.reasoning, *data.instruction)) + 2 * sum(len(s.ids) for s in data.heldout)
+    sets = (data.reasoning, data.heldout, data.instruction)
+    batch = min(tokens, int(1.25 * max(sum(len(s.ids) for s in samples) for samples in sets)))  # padding: a quarter
+    streams = batch * (8 * width + 3 * attn + 3 * wide) * item
+    composing = 4 * 4 * largest  # W* in fp32 and, for the leak as written, two fp32 copies and their difference
+    copied = device.type != "cpu" or any(TORCH_DTYPES[t.dtype] != dtype for layer in infos for t in layer)
+    copy = elements * item if copied else 0
     passing = {
-        "compute copies of two layers": 2 * elements * item,
-        "one token batch": tokens * (8 * width + 3 * attn + 3 * wide) * item if held else 0,
+        "compute copies of two layers": 2 * copy,
         "features and bases": 3 * features,
-        "composing the largest tensor": 4 * 4 * largest,
     }
-    staging = {"staged layers of the trio": 3 * native, "offloaded activations": int(1.25 * held * width * item)}
+    staging = {
+        "staged layers of the trio": 3 * native,
+        "the merged layer": elements * 4 if plan.recipe.dtype == "float32" else native,
+        "offloaded activations": int(1.25 * held * width * item),
+        "tokenizer and model code": _INTERPRETER,
+    }
     disk = sum(t.nbytes for t in plan.lrm.tensors.values())
     if device.type == "cpu":
+        passing["a token batch, or composing"] = max(streams, composing - copy)  # when composing, one copy is there
         return Estimate(tokens, {}, staging | passing, disk)
+    passing |= {"one token batch": streams, "composing the largest tensor": composing}
     return Estimate(tokens, passing, staging | {"one tensor in flight": 4 * largest}, disk)

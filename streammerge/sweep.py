@@ -29,6 +29,7 @@ from .compose import Composed, LayerAlpha, compose
 from .forward import Stream, StreamedModel
 from .io.checkpoint import TORCH_DTYPES
 from .io.writer import CheckpointWriter
+from .memory import give_back
 from .plan import Plan
 from .progress import Progress
 from .verify import non_finite_everywhere
@@ -113,6 +114,8 @@ def sweep(run: Run) -> None:
         run.advance(layer, lend(run, layer, trio.lrm, merged), run.streams.verification)
         run.progress.advance(1)
         run.progress.event("layer", layer=layer, of=run.plan.layers)
+        del trio, lrm, bases, merged  # before the next layer is read: one trio in memory, not two
+        give_back()
 
 
 def surveyed(plan: Plan) -> bool:
@@ -127,6 +130,8 @@ def survey(run: Run) -> list[LayerAlpha]:
         lrm = lend(run, layer, read_layer(run, layer, lrm_only=True).lrm)
         save_bases(run.scratch, layer, stage_one(run, layer, lrm))
         run.masses[layer] = attention_masses(run, layer, lrm)
+        del lrm
+        give_back()
     masses = [run.masses[layer] for layer in range(run.plan.layers)]
     return alphas(masses, run.plan.recipe.coefficients, run.plan.layout)
 

@@ -19,7 +19,8 @@ from .forward import Stream, StreamedModel
 from .io.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint, side_files
 from .plan import Plan, distinct
 
-_VOCAB_CHUNK = 8192  # rows of the output embedding held at a time
+_CHUNK_ELEMENTS = 1 << 20  # of the output embedding, and of the logits, held at a time: 4 and 8 MiB
+_CHUNK_BYTES = 1 << 20  # of a stored tensor that is checked for NaN
 
 
 def thinking_positions(sample: ReasoningSample) -> tuple[int, ...]:
@@ -50,15 +51,17 @@ def think_loss(
 def kl_rows(checkpoint: Checkpoint, head: str, reference: Tensor, merged: Tensor) -> Tensor:
     """KL(softmax(W h_R) || softmax(W h_M)) a row: hidden [n, d] each -> [n] fp64 on the CPU.
 
-    One pass over the output embedding W in chunks of the vocabulary with running maxima: memory O(n x chunk).
+    One pass over the output embedding W in chunks of the vocabulary with running maxima: memory does not know the
+    vocabulary, nor n until n is very large.
     """
     h_r, h_m = reference.float(), merged.float()
     top = torch.full((2, len(h_r)), float("-inf"), device=h_r.device, dtype=torch.float64)
     mass = torch.zeros_like(top)
     cross = torch.zeros(len(h_r), device=h_r.device, dtype=torch.float64)
-    vocabulary = checkpoint.tensors[head].shape[0]
-    for start in range(0, vocabulary, _VOCAB_CHUNK):
-        rows = torch.arange(start, min(start + _VOCAB_CHUNK, vocabulary))
+    vocabulary, width = checkpoint.tensors[head].shape
+    step = max(64, _CHUNK_ELEMENTS // max(width, 2 * len(h_r)))
+    for start in range(0, vocabulary, step):
+        rows = torch.arange(start, min(start + step, vocabulary))
         weight = checkpoint.read_rows(head, rows).to(h_r.device).float()
         logits = torch.stack([h_r @ weight.T, h_m @ weight.T]).double()
         peak = torch.maximum(top, logits.amax(-1))
@@ -110,7 +113,8 @@ def is_finite(checkpoint: Checkpoint, name: str) -> bool:
     dtype = TORCH_DTYPES[checkpoint.tensors[name].dtype]
     if not dtype.is_floating_point:
         return True
-    return all(bool(torch.isfinite(torch.frombuffer(c, dtype=dtype).float()).all()) for c in checkpoint.chunks(name))
+    pieces = checkpoint.chunks(name, _CHUNK_BYTES)
+    return all(bool(torch.isfinite(torch.frombuffer(piece, dtype=dtype).float()).all()) for piece in pieces)
 
 
 def non_finite_everywhere(plan: Plan) -> StreamMergeError:

@@ -35,3 +35,13 @@ def make_recipe(trio, sets):
     from streammerge import parse_recipe
 
     return lambda **extra: parse_recipe(recipe_text(trio, sets, **extra), "test.yml")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M as LRM with two perturbed copies, bf16, sharded; kept in the user's cache between runs."""
+    import smollm2
+
+    if smollm2.missing():
+        pytest.skip(smollm2.missing())
+    return smollm2.smollm2_trio()
