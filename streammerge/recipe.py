@@ -204,7 +204,7 @@ def _value(hint: Any, f: dataclasses.Field, node: yaml.Node, at: str, key: str, 
     try:
         raw = loader.construct_object(node, deep=True)
     except Exception as error:  # a tag such as !!timestamp raises whatever its parser trips over
-        problems.append(f"{at}: {key}: cannot be read as YAML ({type(error).__name__}: {str(error).splitlines()[0]})")
+        problems.append(f"{at}: {key}: cannot be read as YAML ({type(error).__name__}: {str(error)[:100]})")
         return None
     try:
         value = layer_indices(raw) if key == "layers" and raw is not None else _coerce(hint, raw)
