@@ -136,7 +136,10 @@ def bench_streammerge(root: Path, trio: dict[str, Path], sets: dict[str, Path], 
 
 
 def author_stages(trio: dict[str, Path], sets: dict[str, Path], out: Path) -> dict[str, list[str]]:
-    """The three commands of the authors' scripts, with the scripts' defaults but for paths, devices and layers."""
+    """The three commands of the authors' scripts, with the scripts' defaults but for paths, devices and layers.
+
+    Their scripts look for α under another name than their code writes (…_two_pass.pt); the file written is handed on.
+    """
     vectors, qp = out / "projected_task_vectors.pkl", out / "qp"
     lrm = str(trio["lrm"])
     return {
@@ -148,7 +151,7 @@ def author_stages(trio: dict[str, Path], sets: dict[str, Path], out: Path) -> di
                     "--json_data", str(sets["instruction"]), "--layers", "all", "--heads", "all", "--device", "cpu",
                     "--out", str(qp), "--qp_variant", "two_pass", "--verbose"],
         "stage 3": ["unified_model_merge.py", "--projected_file", str(vectors), "--base_model", lrm,
-                    "--output_dir", str(out / "merged"), "--alpha_file", str(qp / "alpha_true_forward_two_pass.pt")],
+                    "--output_dir", str(out / "merged"), "--alpha_file", str(qp / "alpha_true_forward_align_leak.pt")],
     }  # fmt: skip
 
 

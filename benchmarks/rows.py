@@ -82,9 +82,10 @@ def versions() -> dict:
 
 
 def commit() -> str:
-    """The repository's commit; '+' where the package differs from it."""
+    """The repository's commit; '+' where the package (the demo apart) differs from it."""
+
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "streammerge", "kernels")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "streammerge", "kernels", ":!streammerge/demo")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
