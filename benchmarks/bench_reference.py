@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rows import RESULTS, ROOT, append, row
+from rows import RESULTS, ROOT, Row, append, row
 
 SETS = ROOT.parent / "shared" / "calibration"
 SAMPLES = {"reasoning": 20, "instruction": 50}
@@ -87,26 +88,41 @@ def make_trio(root: Path, tokenizer) -> dict[str, Path]:
     return paths
 
 
-def timed(command: list[str], limit: float, **kwargs) -> tuple[float, float, int, str]:
-    """Run a command -> wall seconds, peak RSS in MB, exit code (124: over the limit), the end of its output."""
+@dataclass(frozen=True)
+class Timed:
+    """One run of a command. CPU seconds hardly depend on what else the machine does; wall seconds do."""
+
+    wall: float
+    cpu: float
+    peak: float  # RSS, MB
+    code: int  # 124: over the limit
+    told: str  # the end of its output
+
+
+def timed(command: list[str], limit: float, **kwargs) -> Timed:
+    """Run a command, at most `limit` seconds."""
     with tempfile.TemporaryFile("w+") as log:
         began = time.perf_counter()
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **kwargs)
-        peak, code = 0.0, None
+        code = None
         while code is None:
             found, status, usage = os.wait4(child.pid, os.WNOHANG)
             if found:
-                code, peak = os.waitstatus_to_exitcode(status), usage.ru_maxrss / 1000
-                child.returncode = code
+                code = os.waitstatus_to_exitcode(status)
             elif time.perf_counter() - began > limit:
                 child.kill()
-                _, _, usage = os.wait4(child.pid, 0)
-                code, peak, child.returncode = 124, usage.ru_maxrss / 1000, 124
+                usage, code = os.wait4(child.pid, 0)[2], 124
             else:
                 time.sleep(0.005)
-        seconds = time.perf_counter() - began
+        seconds, child.returncode = time.perf_counter() - began, code
         log.seek(0)
-        return seconds, peak, code, log.read()[-3000:]
+        return Timed(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6, code, log.read()[-3000:])
+
+
+def rows_of(what: str, runs: list[Timed], note: str) -> list[Row]:
+    """The three rows of some runs."""
+    return [row(what, "wall s", [r.wall for r in runs], note), row(what, "CPU s", [r.cpu for r in runs], note),
+            row(what, "peak RSS MB", [r.peak for r in runs], note)]  # fmt: skip
 
 
 def bench_streammerge(root: Path, trio: dict[str, Path], sets: dict[str, Path], runs: int) -> list:
@@ -116,23 +132,21 @@ def bench_streammerge(root: Path, trio: dict[str, Path], sets: dict[str, Path], 
         "merge_method": "rain", "base_model": str(trio["base"]), "instruct_model": str(trio["itm"]),
         "reasoning_model": str(trio["lrm"]), "calibration": {k: str(v) for k, v in sets.items()},
     }))  # fmt: skip
-    walls, peaks, note = [], [], ""
+    done, note = [], ""
     for n in range(runs):
         out = root / f"out-{n}"
         command = [str(Path(sys.executable).with_name("streammerge")), "merge", str(recipe), str(out), "--quiet"]
-        seconds, peak, code, told = timed(command, 600)
-        if code:
-            sys.exit(f"{' '.join(command)} ended with {code}:\n{told}")
-        walls.append(seconds)
-        peaks.append(peak)
+        ran = timed(command, 600)
+        if ran.code:
+            sys.exit(f"{' '.join(command)} ended with {ran.code}:\n{ran.told}")
+        done.append(ran)
         report = json.loads((out / "streammerge_report.json").read_text())
         tokens = report["throughput"]["calibration_tokens"]
         note = f"streammerge merge in a fresh process, imports included; {tokens} calibration tokens; " \
                f"inside merge() {report['seconds']['total']} s, sweep {report['seconds']['sweep']} s (last run)"
-        print(f"streammerge run {n + 1}: {seconds:.2f} s, {peak:.0f} MB", flush=True)
+        print(f"streammerge run {n + 1}: {ran.wall:.2f} s, CPU {ran.cpu:.2f} s, {ran.peak:.0f} MB", flush=True)
         shutil.rmtree(out)
-    what = "RAIN merge, Llama 4 x 128, 20 + 50 samples: streammerge"
-    return [row(what, "wall s", walls, note), row(what, "peak RSS MB", peaks, note)]
+    return rows_of("RAIN merge, Llama 4 x 128, 20 + 50 samples: streammerge", done, note)
 
 
 def author_stages(trio: dict[str, Path], sets: dict[str, Path], out: Path) -> dict[str, list[str]]:
@@ -161,21 +175,21 @@ def bench_authors(checkout: Path, python: str, root: Path, trio: dict, sets: dic
     out.mkdir()
     git = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
     commit = "commit " + subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    what, rows, total = "RAIN merge, Llama 4 x 128, 20 + 50 samples: K1nght/RAIN-Merging", [], 0.0
+    what, rows, total = "RAIN merge, Llama 4 x 128, 20 + 50 samples: K1nght/RAIN-Merging", [], []
     env = os.environ | {"MPLBACKEND": "Agg"}
     for stage, arguments in author_stages(trio, sets, out).items():
-        seconds, peak, code, told = timed([python, *arguments], limit, cwd=checkout, env=env)
-        total += seconds
-        ended = "finished" if code == 0 else f"failed with exit code {code}"
-        ended = f"stopped at the limit of {limit:.0f} s" if code == 124 else ended
+        ran = timed([python, *arguments], limit, cwd=checkout, env=env)
+        total.append(ran)
+        ended = "finished" if ran.code == 0 else f"failed with exit code {ran.code}"
+        ended = f"stopped at the limit of {limit:.0f} s" if ran.code == 124 else ended
         note = f"{commit}; {ended}; python {' '.join(arguments)}".replace(str(root), "TMP")
-        rows.append(row(f"{what}, {stage}", "wall s", [seconds], note))
-        rows.append(row(f"{what}, {stage}", "peak RSS MB", [peak], note))
-        print(f"authors {stage}: {seconds:.1f} s, {peak:.0f} MB, {ended}", flush=True)
-        if code:
-            print(told, flush=True)
+        rows += rows_of(f"{what}, {stage}", [ran], note)
+        print(f"authors {stage}: {ran.wall:.1f} s, CPU {ran.cpu:.1f} s, {ran.peak:.0f} MB, {ended}", flush=True)
+        if ran.code:
+            print(ran.told, flush=True)
             return rows
-    return [*rows, row(f"{what}, all stages", "wall s", [total], f"{commit}; one run of each stage")]
+    everything = Timed(sum(r.wall for r in total), sum(r.cpu for r in total), max(r.peak for r in total), 0, "")
+    return rows + rows_of(f"{what}, all stages", [everything], f"{commit}; one run of each stage")
 
 
 def main() -> None:
