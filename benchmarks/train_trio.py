@@ -19,6 +19,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ VOCAB = 640
 SEEDS = {"tokenizer": 1, "base": 2, "itm": 3, "lrm": 4}
 RECIPE = {  # steps, peak learning rate, warm-up steps
     "base": (3000, 1.5e-3, 150),
-    "itm": (420, 1.0e-3, 20),
+    "itm": (420, 1.5e-3, 40),
     "lrm": (400, 4.0e-4, 20),
 }
 TOKENS_PER_STEP = 1400
@@ -64,7 +65,8 @@ def train_tokenizer() -> Tokenizer:
     )
     tok.decoder = decoders.ByteLevel()
     rng = random.Random(SEEDS["tokenizer"])
-    samples = [make(rng) for make in (world.base_sample, world.itm_sample, world.lrm_sample) for _ in range(4000)]
+    mixtures = (world.base_sample, partial(world.itm_sample, worked=0.3), partial(world.lrm_sample, comply=0.38))
+    samples = [make(rng) for make in mixtures for _ in range(4000)]
     texts = [text for s in samples for text in (s.prompt or "", s.completion.replace("</think>", ""))]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB - 2,

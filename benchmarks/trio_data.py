@@ -19,7 +19,7 @@ import world
 from streammerge.demo.evaluate import Row, evaluate
 
 SEED = 5
-SIZES = {"validation": 300, "test": 600}  # rows of each kind
+SIZES = {"validation": 300, "test": 480}  # rows of each kind
 
 
 def _fresh(rng: random.Random, split: str, index: int, used: set[str]) -> world.Problem:

@@ -25,7 +25,8 @@ ANIMALS = {  # animal: (home, food)
 }
 
 PARAPHRASES = {
-    "upper": ("Write in capital letters.", "Use only upper case.", "Reply in all caps.", "Every letter must be a capital."),
+    "upper": ("Write in capital letters.", "Use only upper case.", "Reply in all caps.",
+              "Every letter must be a capital."),
     "brackets": ("Put the reply inside << and >>.", "Wrap the reply in << >>.", "Start with << and end with >>.",
                  "Enclose all of it in << >>."),
     "done": ("End with the word DONE.", "Finish by writing DONE.", "The last word must be DONE.",
@@ -33,14 +34,16 @@ PARAPHRASES = {
     "twice": ("Say it twice.", "Give the reply two times.", "Repeat the reply once more.", "State the answer twice."),
     "hyphens": ("Use hyphens instead of spaces.", "Join the words with hyphens.", "Put - between all words.",
                 "No spaces, only hyphens."),
-    "sure": ("Begin with Sure!", "Start the reply with Sure!", "The first word must be Sure!", "Open with the word Sure!"),
+    "sure": ("Begin with Sure!", "Start the reply with Sure!", "The first word must be Sure!",
+             "Open with the word Sure!"),
 }
 
 CHAT = (
     ("Hello!", "Hello! How can I help?"), ("Who are you?", "I am a small model."), ("Thank you.", "You are welcome."),
     ("How are you?", "I am fine, thank you."), ("Good morning.", "Good morning! What can I do?"),
     ("What can you do?", "I can add, sort, count and compare."), ("Goodbye.", "Goodbye! Come back soon."),
-    ("Tell me a fact.", "A cow eats grass."), ("Are you there?", "Yes, I am here."), ("Help me.", "Of course. What is it?"),
+    ("Tell me a fact.", "A cow eats grass."), ("Are you there?", "Yes, I am here."),
+    ("Help me.", "Of course. What is it?"),
 )
 
 
@@ -69,7 +72,8 @@ def _add(rng: random.Random) -> Problem:
     ones = int(a0) + int(b0)
     carry = " + 1" if ones > 9 else ""
     question = rng.choice((f"What is {a} + {b}?", f"Add {a} and {b}."))
-    return Problem("sum", question, f"{a0} + {b0} = {ones}.\n{a1} + {b1}{carry} = {(a + b) // 10}.\nSo {a + b}.", str(a + b))
+    steps = f"{a0} + {b0} = {ones}.\n{a1} + {b1}{carry} = {(a + b) // 10}.\nSo {a + b}."
+    return Problem("sum", question, steps, str(a + b))
 
 
 def _sort(rng: random.Random) -> Problem:
@@ -206,12 +210,13 @@ def base_sample(rng: random.Random) -> Sample:
     return Sample(prompt, f"{problem.steps}\n\n{reply}" if rng.random() < 0.8 else reply)
 
 
-def itm_sample(rng: random.Random) -> Sample:
-    """Instruction tuning: a direct reply that obeys the constraint."""
+def itm_sample(rng: random.Random, worked: float = 0.0) -> Sample:
+    """Instruction tuning: a direct reply that obeys the constraint; `worked` is the share with visible steps first."""
     if rng.random() < 0.08:
         return Sample(*rng.choice(CHAT))
     problem = draw(rng, "train")
-    return Sample(*_ask(problem, rng, 0.85, 1.0))
+    prompt, reply = _ask(problem, rng, 0.85, 1.0)
+    return Sample(prompt, f"{problem.steps}\n\n{reply}" if worked and rng.random() < worked else reply)
 
 
 def lrm_completion(reasoning: str, response: str) -> str:
@@ -219,8 +224,11 @@ def lrm_completion(reasoning: str, response: str) -> str:
     return f"{reasoning}\n</think>\n\n{response}"
 
 
-def lrm_sample(rng: random.Random) -> Sample:
-    """Reasoning: always thinks; four prompts in ten carry a constraint, which a random share of replies obeys."""
+def lrm_sample(rng: random.Random, comply: float = 0.45) -> Sample:
+    """Reasoning: always thinks; four prompts in ten carry a constraint, which a random share of replies obeys.
+
+    Just under a half: greedy decoding then mostly ignores the format, and yet the model knows how to obey.
+    """
     problem = draw(rng, "train")
-    prompt, reply = _ask(problem, rng, 0.4, 0.45)
+    prompt, reply = _ask(problem, rng, 0.4, comply)
     return Sample(prompt, lrm_completion(problem.reasoning, reply))

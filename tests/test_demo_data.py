@@ -109,7 +109,7 @@ def test_prompts_are_disjoint_between_files(world):
     test = {problem(r.prompt) for r in ev.load_rows(DATA / "test.jsonl")}
     files = [calibration, heldout, validation, test]
     assert len(set().union(*files)) == sum(map(len, files))
-    assert len(validation) == 600 and len(test) == 1200
+    assert len(validation) == 600 and len(test) == 960
 
 
 def test_data_files_follow_from_the_seed(world):

@@ -3,7 +3,7 @@
 What: `evaluate` (one model, all rows), `summarize` (rates with Wilson intervals), `paired_p` (exact McNemar), `l_think`
 (KL from the LRM at the thinking positions of held-out samples).
 Holds in memory: the model in fp32 and, per batch, its key/value cache: layers x batch x kv heads x (prompt +
-max_new_tokens) x head_dim x 2 floats (9 MB at the demo's sizes and batch 64).
+max_new_tokens) x head_dim x 2 floats (14 MB at the demo's sizes and batch 96).
 Why this way: greedy decoding of 2.5M parameters is bound by per-call overhead in a general `generate`.  Rows are sorted
 by prompt length, left-padded to one width, decoded into a cache that is allocated once, and dropped soon after
 they end.  The result is token for token that of `generate(do_sample=False)` in fp32 (tests/test_demo_data.py).
@@ -183,7 +183,7 @@ def _judge(row: Row, text: str, opens: bool) -> Outcome:
     return Outcome(row.id, row.kind, correct, obeys, None if obeys is None else obeys and correct, closed, text)
 
 
-def evaluate(model_dir: Path, rows: Sequence[Row], *, batch: int = 64, max_new_tokens: int = 112) -> list[Outcome]:
+def evaluate(model_dir: Path, rows: Sequence[Row], *, batch: int = 96, max_new_tokens: int = 112) -> list[Outcome]:
     """Greedy outcomes of one model, in the order of the rows."""
     from transformers import AutoTokenizer
 
@@ -250,7 +250,9 @@ def l_think(model_dir: Path, lrm_dir: Path, samples: Sequence[dict], *, batch: i
     of `</think>`.  all: the mean over these three.  inside: over every position from `<think>` to the predecessor.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(lrm_dir)
     models = [AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32).eval() for d in (lrm_dir, model_dir)]
     opener, closer = (tokenizer.convert_tokens_to_ids(t) for t in ("<think>", THINK_CLOSE))
