@@ -58,6 +58,7 @@ def _observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Te
     watcher = getattr(module, "_streammerge_watcher", None)
     if watcher is not None:
         window = kwargs.get("sliding_window")
+        window = None if window is None else min(window, key.shape[2])
         watcher(AttentionInputs(query, key, kwargs["scaling"], window))
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
