@@ -182,7 +182,8 @@ def _undo_on_error(out: Path, files: list[str], made: list[Path]) -> Iterator[No
 
 
 def _peaks(device: torch.device, floor: int, fresh: bool) -> dict[str, Any]:
-    """Measured peaks in bytes. `floor` is the resident set at the start: interpreter, torch, transformers."""
+    """Measured peaks in bytes. `floor` is the resident set at the start: interpreter, torch, transformers. What loads
+    later (a tokenizer, the family's modules) counts as the merge's, and the plan has a term for it."""
     peak = memory.host_peak()
     return {
         "host_peak": peak,
