@@ -62,7 +62,7 @@ class Basis:
     """How the bases of the protected feature spaces are chosen and computed (Eqs. 4-8)."""
 
     rank: Literal["energy", "exact", "fixed", "none"] = "energy"  # none: no projection (Stage 1 off)
-    energy: float = _setting(0.99, above=0.0, most=1.0)
+    energy: float = _setting(0.97, above=0.0, most=1.0)
     size: int | None = _setting(None, least=1)  # for rank: fixed
     method: Literal["auto", "qr", "randomized", "covariance"] = "auto"
     oversample: int = _setting(16, least=1)
@@ -74,8 +74,8 @@ class Coefficients:
     """Attention statistics -> α per head (Eqs. 9-15; findings.md, 5 and 6)."""
 
     rule: Literal["standardized", "literal", "prior", "uniform"] = "standardized"
-    scope: Literal["layer", "model"] = "layer"
-    kappa: float = _setting(0.5, least=0.0)
+    scope: Literal["layer", "model"] = "model"
+    kappa: float = _setting(0.75, least=0.0)
     rho: float = _setting(1.0, least=0.0)
     bounds: tuple[float, float] = (0.0, 2.0)
     value: float = _setting(1.0, least=0.0)  # α of the uniform rule

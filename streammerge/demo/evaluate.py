@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -194,12 +196,22 @@ def evaluate(model_dir: Path, rows: Sequence[Row], *, batch: int = 96, max_new_t
     model, ends = _Llama(Path(model_dir)), _end_ids(model_dir, tokenizer)
     outcomes: list[Outcome | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), i))
-    for start in range(0, len(order), batch):
+
+    def run(start: int) -> None:
         group = order[start : start + batch]
         new = greedy(model, [prompts[i] for i in group], ends, max_new_tokens)
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         for i, text in zip(group, texts, strict=True):
             outcomes[i] = _judge(rows[i], text, heads[i].rstrip().endswith("<think>"))
+
+    # These matrices are too small to share: a batch on each core is faster than all cores on each batch.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, range(0, len(order), batch)))
+    finally:
+        torch.set_num_threads(threads)
     return outcomes
 
 
@@ -242,6 +254,16 @@ def paired_p(a: Sequence[bool], b: Sequence[bool]) -> float:
     return min(1.0, 2 * tail)
 
 
+@lru_cache(maxsize=1)
+def _resident(path: Path):
+    """The whole model in fp32; the LRM is wanted once for every model that is compared with it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
 @torch.inference_mode()
 def l_think(model_dir: Path, lrm_dir: Path, samples: Sequence[dict], *, batch: int = 32) -> dict[str, float]:
     """Mean KL(LRM || model), in nats, of the next-token distributions at the thinking positions of the samples.
@@ -249,12 +271,10 @@ def l_think(model_dir: Path, lrm_dir: Path, samples: Sequence[dict], *, batch: i
     opener: the position of `<think>`.  predecessor: the position whose next token is `</think>`.  closer: the position
     of `</think>`.  all: the mean over these three.  inside: over every position from `<think>` to the predecessor.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import AutoTokenizer
 
-    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(lrm_dir)
-    models = [AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32).eval() for d in (lrm_dir, model_dir)]
+    models = [_resident(Path(lrm_dir)), _resident.__wrapped__(Path(model_dir))]
     opener, closer = (tokenizer.convert_tokens_to_ids(t) for t in ("<think>", THINK_CLOSE))
     texts = []
     for s in samples:

@@ -21,7 +21,7 @@ from ..recipe import Recipe, parse_recipe
 from .evaluate import Outcome, evaluate, l_think, load_rows, paired_p, summarize
 
 DATA = Path(__file__).parent / "data"
-TASK_ARITHMETIC_BEST = 0.25  # its λ with the best both_accuracy on the validation split
+TASK_ARITHMETIC_BEST = 0.3  # its λ with the best both_accuracy on the validation split
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Variant:
 UNIFORM = {"coefficients": {"rule": "uniform"}}
 NO_BASIS = {"basis": {"rank": "none"}}
 VARIANTS = (
-    *(Variant("task arithmetic", lam, {"merge_method": "task_arithmetic"}) for lam in (0.15, 0.25, 0.5, 1.0)),
+    *(Variant("task arithmetic", lam, {"merge_method": "task_arithmetic"}) for lam in (TASK_ARITHMETIC_BEST, 0.5, 1.0)),
     Variant("Stage 1 only", 1.0, UNIFORM),
     Variant("Stage 2 only", 1.0, NO_BASIS),
     Variant("RAIN", 0.7),
@@ -75,8 +75,13 @@ def demo_recipe(variant: Variant) -> Recipe:
     return parse_recipe(yaml.safe_dump(keys), str(DATA / "recipe.yml"), directory=DATA)
 
 
-def demo(out: Path | None, *, split: str, as_json: bool, progress: Progress) -> list[Result]:
-    """Run the whole comparison; prints the table, or JSON on stdout. Keeps the merged models when `out` is given."""
+def demo(
+    out: Path | None, *, split: str, as_json: bool, progress: Progress
+) -> tuple[list[Result], dict[str, float]]:
+    """Run the whole comparison; prints the table, or JSON on stdout. Keeps the merged models when `out` is given.
+
+    Returns the results, and the seconds and null-space leaks that the table's last lines state.
+    """
     rows, began = load_rows(DATA / f"{split}.jsonl"), time.perf_counter()
     heldout = json.loads((DATA / "heldout_reasoning.json").read_text())
     results = [_score("LRM", None, DATA / "lrm", rows, heldout), _score("ITM", None, DATA / "itm", rows, None)]
@@ -94,11 +99,15 @@ def demo(out: Path | None, *, split: str, as_json: bool, progress: Progress) -> 
             if variant == Variant("RAIN", 1.0):
                 rain = report
                 queue.insert(0, _equal_norm(report))
+    told = {
+        "seconds_merging": round(spent, 1), "seconds": round(time.perf_counter() - began, 1),
+        "leak": rain["totals"]["leak"], "written_leak": rain["totals"]["written_leak"],
+    }  # fmt: skip
     if as_json:
         print(json.dumps([r.row() for r in results]))
     else:
-        _print(results, rain, split, spent, time.perf_counter() - began)
-    return results
+        _print(results, told, split)
+    return results, told
 
 
 def _equal_norm(report: dict[str, Any]) -> Variant:
@@ -114,36 +123,36 @@ def _score(method: str, lam: float | None, model: Path, rows: list, heldout: lis
     return Result(method, lam, outcomes, summarize(outcomes), loss)
 
 
-def _print(results: list[Result], rain: dict[str, Any], split: str, merging: float, total: float) -> None:
+def _print(results: list[Result], told: dict[str, float], split: str) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=118)
-    table = Table(title=f"streammerge demo: the {split} split, greedy; 95 % intervals")
-    for column in ("method", "λ", "reasoning", "instruction", "both", "no </think>", "L_think"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    console = Console(width=108)
+    n = len(results[0].outcomes)
+    title = f"streammerge demo: {n} prompts of the {split} split, greedy; % right [95 % interval]"
+    table = Table(title=title, box=box.SIMPLE)
+    for column in ("method", "λ", "reasoning", "instruction", "both", "missing", "L_think"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for r in results:
         s = r.summary
         cells = [_cell(s[k]) for k in ("reasoning_accuracy", "instruction_accuracy", "both_accuracy")]
         missing = s["missing_think"]["rate"]
         table.add_row(
-            r.method, "" if r.lam is None else f"{r.lam:g}", *cells, "–" if missing is None else f"{missing:.1%}",
+            r.method, "" if r.lam is None else f"{r.lam:g}", *cells, "–" if missing is None else f"{100 * missing:.1f}",
             "–" if r.l_think is None else f"{r.l_think:.1e}",
         )  # fmt: skip
     console.print(table)
     for line in comparisons(results):
         console.print(line)
-    leak = max(t["leak"] for t in rain["per_tensor"].values())
-    alpha = rain["alpha"]
-    console.print(
-        f"RAIN's null space: worst ‖Δ⊥U‖/‖ΔU‖ {leak:.1e} in fp32, {rain['totals']['written_leak']:.1e} as written; "
-        f"α {alpha['min']:.2f} … {alpha['max']:.2f}"
-    )
-    console.print(f"{len(results) - 2} merges in {merging:.1f} s; with evaluation {total:.1f} s")
+    console.print(f"RAIN's null space: worst ‖Δ⊥U‖/‖ΔU‖ {told['leak']:.1e} in fp32, {told['written_leak']:.1e} as written")
+    console.print("missing: outputs without </think>, %; L_think: KL(LRM || model) at the thinking positions, nats")
+    merges = len(results) - 2
+    console.print(f"{merges} merges in {told['seconds_merging']:.1f} s; with evaluation {told['seconds']:.1f} s")
 
 
 def _cell(rate: dict[str, Any]) -> str:
-    return f"{rate['rate']:.1%} ({rate['low']:.1%}–{rate['high']:.1%})"
+    return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.0f}–{100 * rate['high']:.0f}]"
 
 
 def comparisons(results: list[Result]) -> list[str]:
@@ -158,9 +167,9 @@ def comparisons(results: list[Result]) -> list[str]:
 
 def _compare(a: Result, b: Result) -> str:
     parts = []
-    for name, kind, flag in (
-        ("reasoning", "reasoning", "correct"), ("instruction", "instruction", "follows"), ("both", "instruction", "both"),
-    ):  # fmt: skip
+    flags = {"reasoning": "correct", "instruction": "follows", "both": "both"}
+    for name, flag in flags.items():
+        kind = "reasoning" if name == "reasoning" else "instruction"
         left, right = ([bool(getattr(o, flag)) for o in r.outcomes if o.kind == kind] for r in (a, b))
         gain = sum(left) - sum(right)
         parts.append(f"{name} {sum(left)} vs {sum(right)} of {len(left)} ({gain:+d}, p = {paired_p(left, right):.2g})")
