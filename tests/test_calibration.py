@@ -131,7 +131,7 @@ def test_window_sizes(tokenizer, tmp_path):
     file = write(tmp_path / "r.json", reasoning(1))
 
     def omega(**window):
-        base = dict(before=0, inside=0, after=0, random=0)
+        base = {"before": 0, "inside": 0, "after": 0, "random": 0}
         return load(tokenizer, file, thinking=Thinking(**{**base, **window})).reasoning[0]
 
     markers = omega()

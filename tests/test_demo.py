@@ -26,7 +26,8 @@ def table():
 
 def test_rows_are_complete(table):
     assert all(set(row) == KEYS for row in table.values())
-    assert {("LRM", None), ("ITM", None), ("uniform α, equal norm", 1.0)} | {(v.method, v.lam) for v in VARIANTS} == set(table)
+    wanted = {("LRM", None), ("ITM", None), ("uniform α, equal norm", 1.0)} | {(v.method, v.lam) for v in VARIANTS}
+    assert wanted == set(table)
     assert ("task arithmetic", TASK_ARITHMETIC_BEST) in table
     assert table["LRM", None]["l_think"] == pytest.approx(0, abs=1e-9)
 

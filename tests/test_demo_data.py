@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from streammerge.demo import checks, evaluate as ev
+from streammerge.demo import checks
+from streammerge.demo import evaluate as ev
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "streammerge" / "demo" / "data"

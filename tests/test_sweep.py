@@ -19,7 +19,10 @@ from streammerge.progress import Progress
 VARIANTS = {
     "layer scope": {"coefficients": {"scope": "layer"}},
     "model scope": {"coefficients": {"scope": "model"}},
-    "exact, narrow": {"basis": {"rank": "exact"}, "coefficients": {"scope": "layer"}, "thinking": {"random": 0, "attended_values": False}},
+    "exact, narrow": {
+        "basis": {"rank": "exact"}, "coefficients": {"scope": "layer"},
+        "thinking": {"random": 0, "attended_values": False},
+    },
     "randomized, λ 0.7": {"basis": {"rank": "fixed", "size": 5, "method": "randomized"}, "lambda": 0.7},
     "covariance": {"basis": {"method": "covariance"}, "coefficients": {"rows": "token", "rho": 0.5, "scope": "layer"}},
 }

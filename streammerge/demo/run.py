@@ -145,7 +145,8 @@ def _print(results: list[Result], told: dict[str, float], split: str) -> None:
     console.print(table)
     for line in comparisons(results):
         console.print(line)
-    console.print(f"RAIN's null space: worst ‖Δ⊥U‖/‖ΔU‖ {told['leak']:.1e} in fp32, {told['written_leak']:.1e} as written")
+    leaks = f"{told['leak']:.1e} in fp32, {told['written_leak']:.1e} as written"
+    console.print(f"RAIN's null space: worst ‖Δ⊥U‖/‖ΔU‖ {leaks}")
     console.print("missing: outputs without </think>, %; L_think: KL(LRM || model) at the thinking positions, nats")
     merges = len(results) - 2
     console.print(f"{merges} merges in {told['seconds_merging']:.1f} s; with evaluation {told['seconds']:.1f} s")
