@@ -20,7 +20,7 @@ setup(
     package_dir={"streammerge": "streammerge", "streammerge.kernels": "kernels"},
     package_data={
         "streammerge": ["families/*.json", "py.typed"],
-        "streammerge.demo": ["data/*.json*", "data/*/*"],
+        "streammerge.demo": ["data/*.*", "data/*/*"],
     },
     install_requires=[
         "torch>=2.9",

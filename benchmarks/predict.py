@@ -3,7 +3,7 @@
     python benchmarks/predict.py
 
 The checkpoints are real headers over sparse files (no disk, no weights): the numbers come from the same
-`plan.predict` that a merge prints and that tests/test_memory.py holds to what is measured. Predicted, not measured.
+`estimate.predict` that a merge prints and that tests/test_memory.py holds to what is measured. Predicted, not measured.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 
 from streammerge import parse_recipe
 from streammerge.calibration import CalibrationSet, InstructionSample, ReasoningSample
+from streammerge.estimate import predict
 from streammerge.memory import format_size
-from streammerge.plan import make_plan, predict
+from streammerge.plan import make_plan
 
 # hidden, intermediate, layers, query heads, kv heads, vocabulary
 SHAPES = {
@@ -73,6 +74,7 @@ def main() -> None:
             path = sparse_checkpoint(Path(scratch) / name.split()[0], shape)
             recipe = {"merge_method": "rain", "reasoning_model": str(path), "instruct_model": str(path)}
             recipe |= {"base_model": str(path), "calibration": {"reasoning": __file__, "instruction": __file__}}
+            recipe |= {"budget": {"device_memory": "1TiB", "host_memory": "1TiB"}}  # not what this machine has
             plan = make_plan(parse_recipe(json.dumps(recipe), "predict"))
             for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
                 e = predict(plan, calibration(), torch.device(device), dtype)

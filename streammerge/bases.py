@@ -99,7 +99,8 @@ def _basis(features: Features, basis: Basis, generator: torch.Generator) -> Site
     if rank is None:  # every direction there is, and rounding kept the sum a hair below the share
         rank = linalg.numerical_rank(spectrum, is_cov=is_cov)
     kept = float(spectrum.energies[:rank].sum(dtype=torch.float64)) / spectrum.total if spectrum.total > 0 else 1.0
-    return SiteBasis(linalg.orthonormalise(spectrum.vectors[:, :rank]), kept, features.count)
+    u = linalg.orthonormalise(spectrum.vectors[:, :rank]).contiguous()  # one layout: products then have the same bits
+    return SiteBasis(u, kept, features.count)
 
 
 def _wanted_rank(spectrum: linalg.Spectrum, basis: Basis, is_cov: bool) -> int | None:

@@ -7,6 +7,7 @@ meter is torch's allocator peak.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def _status_bytes(key: str) -> int:
 def host_now() -> int:
     """Resident set of this process now, in bytes (0 where /proc does not exist)."""
     return _status_bytes("VmRSS") if Path("/proc/self/status").exists() else 0
+
+
+def total(device: str) -> int:
+    """All the memory that the machine has on 'host', or on a CUDA device; 0 where it cannot be told."""
+    if device == "host":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 0
 
 
 def host_peak() -> int:

@@ -20,12 +20,13 @@ import torch
 from . import memory, report
 from .calibration import CalibrationSet, load_calibration
 from .errors import RecipeError, UnchangedError
+from .estimate import predict
 from .forward import StreamedModel
 from .io.checkpoint import TORCH_DTYPES, side_files
 from .io.writer import CheckpointWriter
 from .markers import find_markers, load_tokenizer
 from .memory import parse_size
-from .plan import Plan, make_plan, predict
+from .plan import Plan, make_plan
 from .progress import Progress
 from .recipe import Recipe
 from .sweep import Run, Streams, surveyed, sweep
@@ -74,6 +75,7 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
                 result = {
                     **report.inputs(plan),
                     **told,
+                    "warnings": [*plan.warnings, *report.rank_warnings(told["modules"])],
                     "calibration": data.notes | {"heldout": len(data.heldout)},
                     "verified": verify_output(plan, out),
                     "device": str(where),

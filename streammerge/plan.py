@@ -1,7 +1,7 @@
-"""The plan: what happens to every tensor, checked on headers before the first byte is computed, and what it will take.
+"""The plan: what happens to every tensor, checked on headers before the first byte is computed.
 
 `make_plan` opens the three checkpoints' headers, compares them, and lists everything that does not fit in one error.
-Every LRM tensor is either merged or copied; nothing is skipped. `predict` states the memory that a test then measures.
+Every LRM tensor is either merged or copied; nothing is skipped.
 """
 
 from __future__ import annotations
@@ -10,14 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .arch import Family, HeadLayout, family_of, head_layout
-from .calibration import CalibrationSet
-from .errors import InputError, ResourceError, StreamMergeError, listed
-from .io.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint, resolve_model
+from .errors import InputError, StreamMergeError, listed
+from .io.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from .io.writer import OutTensor
-from .memory import format_size, parse_size
 from .recipe import Recipe
 
 _SAME = (
@@ -25,7 +21,6 @@ _SAME = (
 ).split()
 _TOLD = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "vocab_size", "sliding_window")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_INTERPRETER = 64 << 20  # what loads after the meter's start: a tokenizer (40 MB for 50k tokens), a family's modules
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -192,83 +187,3 @@ def _warnings(lrm: Checkpoint, itm: Checkpoint, base: Checkpoint) -> list[str]:
             if mine != theirs:
                 out.append(f"{key} is {theirs!r} in {other.role} and {mine!r} in the LRM; the LRM's is kept")
     return out
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Predicted peaks beyond the imports, in bytes, with the terms of each sum, and the batch size they follow from."""
-
-    tokens_per_batch: int
-    device: dict[str, int]  # empty on the CPU, where everything is on the host
-    host: dict[str, int]
-    disk: int
-
-    def as_dict(self) -> dict:
-        """For the report."""
-        totals = {"device_total": sum(self.device.values()), "host_total": sum(self.host.values())}
-        return {"tokens_per_batch": self.tokens_per_batch, "device": self.device, "host": self.host, **totals} | {
-            "disk": self.disk
-        }
-
-
-def predict(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.dtype) -> Estimate:
-    """The largest token batch that the budgets allow, and the memory it takes.
-
-    Raises ResourceError that names the minimum when even the smallest batch does not fit.
-    """
-    budget = plan.recipe.budget
-    longest = max((len(s.ids) for s in (*data.reasoning, *data.heldout, *data.instruction)), default=1)
-    tokens = max(longest, budget.tokens_per_batch or (8192 if device.type == "cuda" else 2048))
-    limits = {"device": budget.device_memory, "host": budget.host_memory}
-    while True:
-        estimate = _estimate(plan, data, device, dtype, tokens)
-        over = {
-            side: (sum(getattr(estimate, side).values()), limit)
-            for side, limit in limits.items()
-            if limit != "auto" and sum(getattr(estimate, side).values()) > parse_size(limit)
-        }
-        if not over:
-            return estimate
-        if tokens <= max(longest, 256) or budget.tokens_per_batch:
-            needs = [f"{s} memory: {format_size(need)} needed, {limit} given" for s, (need, limit) in over.items()]
-            raise ResourceError(listed("The merge does not fit the memory budget:", needs, "Raise the budget, or drop "
-                                       "the longest calibration samples (calibration.max_tokens with on_long: drop)."))
-        tokens = max(longest, 256, tokens // 2)
-
-
-def _estimate(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.dtype, tokens: int) -> Estimate:
-    config, layout = plan.lrm.config, plan.layout
-    width, wide = config["hidden_size"], config["intermediate_size"]
-    item = torch.empty(0, dtype=dtype).element_size()
-    infos = [[plan.lrm.tensors[n] for n in plan.layer_tensors(i)] for i in range(plan.layers)]
-    native = max(sum(t.nbytes for t in layer) for layer in infos)
-    elements = max(sum(t.nbytes // TORCH_DTYPES[t.dtype].itemsize for t in layer) for layer in infos)
-    largest = max(t.nbytes // TORCH_DTYPES[t.dtype].itemsize for layer in infos for t in layer)
-    rows = sum(len(s.omega) for s in data.reasoning)
-    attn = layout.heads * layout.head_dim
-    features = sum(4 * w * min(max(rows, 1), w) for w in (width, attn, width, wide)) if rows else 0
-    if rows and plan.recipe.thinking.attended_values:
-        features += 4 * layout.kv_heads * width * min(rows * (1 + layout.group), width)
-    held = sum(len(s.ids) for s in (*data.reasoning, *data.instruction)) + 2 * sum(len(s.ids) for s in data.heldout)
-    sets = (data.reasoning, data.heldout, data.instruction)
-    batch = min(tokens, int(1.25 * max(sum(len(s.ids) for s in samples) for samples in sets)))  # padding: a quarter
-    streams = batch * (8 * width + 3 * attn + 3 * wide) * item
-    composing = 4 * 4 * largest  # W* in fp32 and, for the leak as written, two fp32 copies and their difference
-    copied = device.type != "cpu" or any(TORCH_DTYPES[t.dtype] != dtype for layer in infos for t in layer)
-    copy = elements * item if copied else 0
-    passing = {
-        "compute copies of two layers": 2 * copy,
-        "features and bases": 3 * features,
-    }
-    staging = {
-        "staged layers of the trio": 3 * native,
-        "the merged layer": elements * 4 if plan.recipe.dtype == "float32" else native,
-        "offloaded activations": int(1.25 * held * width * item),
-        "tokenizer and model code": _INTERPRETER,
-    }
-    disk = sum(t.nbytes for t in plan.lrm.tensors.values())
-    if device.type == "cpu":
-        passing["a token batch, or composing"] = max(streams, composing - copy)  # when composing, one copy is there
-        return Estimate(tokens, {}, staging | passing, disk)
-    passing |= {"one token batch": streams, "composing the largest tensor": composing}
-    return Estimate(tokens, passing, staging | {"one tensor in flight": 4 * largest}, disk)

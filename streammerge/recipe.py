@@ -8,12 +8,8 @@ the recipe's own directory; a name that is no directory there is taken for a mod
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import reprlib
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +17,37 @@ import yaml
 
 from .errors import RecipeError, listed
 from .memory import parse_size
+from .strict import build, setting
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-def _setting(default: Any, *, above: float | None = None, least: float | None = None, most: float | None = None):
-    """A field with a range: `above` is exclusive, `least` and `most` are inclusive."""
-    return field(default=default, metadata={"above": above, "least": least, "most": most})
+def size(raw: Any) -> str:
+    """A size as people write it; it stays as written. Raises RecipeError."""
+    if type(raw) not in (int, str):
+        raise ValueError("a size, such as 8GiB")
+    parse_size(raw)
+    return str(raw)
+
+
+def size_or_auto(raw: Any) -> str:
+    """A size, or 'auto'."""
+    return "auto" if raw == "auto" else size(raw)
+
+
+def layer_indices(raw: Any) -> tuple[int, ...] | None:
+    """'0-3, 7' or [0, 1, '5-8'] -> sorted layer numbers (ranges include both ends); null: all layers."""
+    if raw is None:
+        return None
+    chosen: set[int] = set()
+    for item in raw if isinstance(raw, list) else str(raw).split(","):
+        found = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", str(item) if type(item) in (int, str) else "")
+        if not found or int(found[1]) > int(found[2] or found[1]):
+            raise ValueError("layer numbers and ranges, such as '0-3, 7'")
+        chosen.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+    if not chosen:
+        raise ValueError("at least one layer (or leave the key out: all layers)")
+    return tuple(sorted(chosen))
 
 
 @dataclass(frozen=True)
@@ -36,10 +56,10 @@ class Calibration:
 
     reasoning: str = ""
     instruction: str = ""
-    holdout: float = _setting(0.1, least=0.0, most=0.9)  # share of the reasoning set kept for L_think
-    limit_reasoning: int | None = _setting(None, least=1)  # use only the first so many samples
-    limit_instruction: int | None = _setting(None, least=1)
-    max_tokens: int | None = _setting(None, least=8)  # longer samples: see on_long
+    holdout: float = setting(0.1, least=0.0, most=0.9)  # share of the reasoning set kept for L_think
+    limit_reasoning: int | None = setting(None, least=1)  # use only the first so many samples
+    limit_instruction: int | None = setting(None, least=1)
+    max_tokens: int | None = setting(None, least=8)  # longer samples: see on_long
     on_long: Literal["error", "drop"] = "error"  # drop: left out and counted in the report
 
 
@@ -49,12 +69,12 @@ class Thinking:
 
     open: str = "auto"
     close: str = "auto"
-    before: int = _setting(1, least=0)  # positions before each marker; 1 = the position that predicts it
-    inside: int = _setting(0, least=0)  # positions next to each marker on the inner side
-    after: int = _setting(0, least=0)  # positions past the closer: costs instruction following (findings.md, 1)
-    random: int = _setting(4, least=0)  # random positions inside the thinking, a sample
+    before: int = setting(1, least=0)  # positions before each marker; 1 = the position that predicts it
+    inside: int = setting(0, least=0)  # positions next to each marker on the inner side
+    after: int = setting(0, least=0)  # positions past the closer: costs instruction following (findings.md, 1)
+    random: int = setting(4, least=0)  # random positions inside the thinking, a sample
     attended_values: bool = True  # v_proj also keeps the attention outputs at Ω_think (findings.md, 3)
-    min_share: float = _setting(0.9, least=0.0, most=1.0)  # of samples that must hold both markers
+    min_share: float = setting(0.9, least=0.0, most=1.0)  # of samples that must hold both markers
 
 
 @dataclass(frozen=True)
@@ -62,11 +82,11 @@ class Basis:
     """How the bases of the protected feature spaces are chosen and computed (Eqs. 4-8)."""
 
     rank: Literal["energy", "exact", "fixed", "none"] = "energy"  # none: no projection (Stage 1 off)
-    energy: float = _setting(0.97, above=0.0, most=1.0)
-    size: int | None = _setting(None, least=1)  # for rank: fixed
+    energy: float = setting(0.97, above=0.0, most=1.0)
+    size: int | None = setting(None, least=1)  # for rank: fixed
     method: Literal["auto", "qr", "randomized", "covariance"] = "auto"
-    oversample: int = _setting(16, least=1)
-    power_iterations: int = _setting(2, least=0)
+    oversample: int = setting(16, least=1)
+    power_iterations: int = setting(2, least=0)
 
 
 @dataclass(frozen=True)
@@ -75,20 +95,20 @@ class Coefficients:
 
     rule: Literal["standardized", "literal", "prior", "uniform"] = "standardized"
     scope: Literal["layer", "model"] = "model"
-    kappa: float = _setting(0.75, least=0.0)
-    rho: float = _setting(1.0, least=0.0)
+    kappa: float = setting(0.75, least=0.0)
+    rho: float = setting(1.0, least=0.0)
     bounds: tuple[float, float] = (0.0, 2.0)
-    value: float = _setting(1.0, least=0.0)  # α of the uniform rule
+    value: float = setting(1.0, least=0.0)  # α of the uniform rule
     rows: Literal["predicting", "token"] = "predicting"  # attention rows at t-1, which predicts token t, or at t
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory limits that size the token batches. `auto`: what the machine has free."""
+    """Memory limits that size the token batches. `auto`: nine tenths of what the machine has in all."""
 
-    device_memory: str = "auto"
-    host_memory: str = "auto"
-    tokens_per_batch: int | None = _setting(None, least=64)  # overrides what the budgets give
+    device_memory: str = setting("auto", read=size_or_auto)
+    host_memory: str = setting("auto", read=size_or_auto)
+    tokens_per_batch: int | None = setting(None, least=64)  # overrides what the budgets give
 
 
 @dataclass(frozen=True)
@@ -100,20 +120,20 @@ class Recipe:
     reasoning_model: str
     base_model: str = ""
     proxy_base: bool = False  # no published base: the LRM stands in for it, Δ = θ_I − θ_R
-    lam: float = _setting(1.0)
+    lam: float = setting(1.0, name="lambda")
     modules: tuple[str, ...] = MODULES
-    layers: tuple[int, ...] | None = None  # None: all decoder layers
+    layers: tuple[int, ...] | None = setting(None, read=layer_indices)  # None: all decoder layers
     calibration: Calibration = Calibration()
     thinking: Thinking = Thinking()
     basis: Basis = Basis()
     coefficients: Coefficients = Coefficients()
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of merged tensors; auto: the LRM's own
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the calibration forwards
-    seed: int = _setting(0, least=0)
-    shard_size: str = "5GB"
+    seed: int = setting(0, least=0)
+    shard_size: str = setting("5GB", read=size)
     allow_unchanged: bool = False
     budget: Budget = Budget()
-    source: str = "<recipe>"  # the file it was read from
+    source: str = setting("<recipe>", hidden=True)  # the file it was read from
 
     @property
     def needs_reasoning(self) -> bool:
@@ -124,13 +144,6 @@ class Recipe:
     def needs_instruction(self) -> bool:
         """Stage 2 runs: coefficients come from attention."""
         return self.merge_method == "rain" and self.coefficients.rule != "uniform"
-
-
-_YAML_NAMES = {"lambda": "lam"}
-_HIDDEN = {"source"}
-_SIZES = ("device_memory", "host_memory", "shard_size")
-_short = reprlib.Repr()  # of a value in a message: a few aliases can make one whose repr is gigabytes
-_short.maxlevel, _short.maxstring, _short.maxother = 2, 60, 60
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
@@ -155,7 +168,7 @@ def parse_recipe(text: str, source: str, directory: Path | None = None, **overri
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{source}: a recipe is a mapping of keys to values; see `streammerge merge --help`")
     problems: list[str] = []
-    recipe = _build(Recipe, node, source, "", problems)
+    recipe = build(Recipe, node, source, "", problems)
     if not problems:
         recipe = dataclasses.replace(recipe, source=source, **overrides)
         recipe = _with_paths(recipe, directory or Path.cwd())
@@ -163,106 +176,6 @@ def parse_recipe(text: str, source: str, directory: Path | None = None, **overri
     if problems:
         raise RecipeError(listed("The recipe has mistakes:", problems))
     return recipe
-
-
-def _build(cls: type, node: yaml.Node, source: str, prefix: str, problems: list[str]) -> Any:
-    """A dataclass from a YAML mapping; appends to `problems` and returns None where it cannot."""
-    if not isinstance(node, yaml.MappingNode):
-        problems.append(f"{source}:{node.start_mark.line + 1}: {prefix.rstrip('.')} must be a mapping of keys")
-        return None
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in _HIDDEN}
-    shown = {next((y for y, n in _YAML_NAMES.items() if n == name), name): name for name in fields}
-    values: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        where = f"{source}:{key_node.start_mark.line + 1}"
-        if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(f"{where}: a key must be a plain word")
-            continue
-        key = key_node.value
-        name = shown.get(key)
-        if name is None:
-            near = difflib.get_close_matches(key, shown, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "keys here: " + ", ".join(sorted(shown))
-            problems.append(f"{where}: unknown key '{prefix}{key}'; {hint}")
-        elif name in values:
-            problems.append(f"{where}: key '{prefix}{key}' is given twice")
-        else:
-            at = f"{source}:{value_node.start_mark.line + 1}"
-            values[name] = _value(hints[name], fields[name], value_node, at, prefix + key, source, problems)
-    for name, f in fields.items():
-        if f.default is dataclasses.MISSING and name not in values:
-            problems.append(f"{source}: the key '{prefix}{name}' is missing")
-    return None if problems else cls(**values)
-
-
-def _value(hint: Any, f: dataclasses.Field, node: yaml.Node, at: str, key: str, source: str, problems: list[str]):
-    """One field's value, checked against its annotation and its range."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, node, source, key + ".", problems)
-    loader = yaml.SafeLoader("")
-    try:
-        raw = loader.construct_object(node, deep=True)
-    except Exception as error:  # a tag such as !!timestamp raises whatever its parser trips over
-        problems.append(f"{at}: {key}: cannot be read as YAML ({type(error).__name__}: {str(error)[:100]})")
-        return None
-    try:
-        value = layer_indices(raw) if key == "layers" and raw is not None else _coerce(hint, raw)
-        if key.endswith(_SIZES) and value != "auto":
-            parse_size(value)
-    except RecipeError as error:
-        problems.append(f"{at}: {key}: {error}")
-        return None
-    except (TypeError, ValueError, OverflowError) as error:
-        problems.append(f"{at}: {key} is {_short.repr(raw)}; wanted {error}")
-        return None
-    limits = f.metadata
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and limits:
-        above, least, most = limits["above"], limits["least"], limits["most"]
-        if (above is not None and value <= above) or (least is not None and value < least):
-            problems.append(f"{at}: {key} is {value}; wanted {'more than' if above is not None else 'at least'} "
-                            f"{above if above is not None else least}")
-        if most is not None and value > most:
-            problems.append(f"{at}: {key} is {value}; wanted at most {most}")
-    return value
-
-
-def _coerce(hint: Any, raw: Any) -> Any:
-    """`raw` as the annotated type; raises ValueError whose text says what was wanted."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return None if raw is None else _coerce(next(a for a in args if a is not type(None)), raw)
-    if origin is Literal:
-        if raw not in args:
-            raise ValueError("one of " + ", ".join(map(str, args)))
-        return raw
-    if origin is tuple:
-        if not isinstance(raw, list) or (Ellipsis not in args and len(raw) != len(args)):
-            raise ValueError("a list" if Ellipsis in args else f"a list of {len(args)} numbers")
-        return tuple(_coerce(args[0], item) for item in raw)
-    if hint is float and isinstance(raw, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}", raw):
-        return float(raw)  # YAML 1.1 takes 1e-3 for a text
-    if hint is float and isinstance(raw, (int, float)) and not isinstance(raw, bool) and abs(raw) < 1e300:
-        return float(raw)
-    if hint is str and isinstance(raw, (str, int, float)) and not isinstance(raw, bool):
-        return str(raw)
-    if hint in (int, bool) and type(raw) is hint:
-        return raw
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-    raise ValueError(names[hint])
-
-
-def layer_indices(raw: Any) -> tuple[int, ...]:
-    """'0-3, 7' or [0, 1, '5-8'] -> sorted layer numbers (ranges include both ends)."""
-    chosen: set[int] = set()
-    for item in raw if isinstance(raw, list) else str(raw).split(","):
-        found = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", str(item) if type(item) in (int, str) else "")
-        if not found or int(found[1]) > int(found[2] or found[1]):
-            raise ValueError("layer numbers and ranges, such as '0-3, 7'")
-        chosen.update(range(int(found[1]), int(found[2] or found[1]) + 1))
-    if not chosen:
-        raise ValueError("at least one layer (or leave the key out: all layers)")
-    return tuple(sorted(chosen))
 
 
 def _with_paths(recipe: Recipe, directory: Path) -> Recipe:
@@ -289,6 +202,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         out.append("basis.rank is fixed: give basis.size, the number of directions to protect")
     if recipe.basis.size is not None and recipe.basis.rank != "fixed":
         out.append(f"basis.size is given but basis.rank is {recipe.basis.rank}: write rank: fixed, or drop size")
+    if recipe.basis.energy != Basis().energy and recipe.basis.rank != "energy":
+        out.append(f"basis.energy is given but basis.rank is {recipe.basis.rank}: write rank: energy, or drop energy")
+    if recipe.coefficients.value != Coefficients().value and recipe.coefficients.rule != "uniform":
+        out.append(f"coefficients.value is given but the rule is {recipe.coefficients.rule}: write rule: uniform")
     if recipe.merge_method == "task_arithmetic" and (recipe.basis, recipe.coefficients) != (Basis(), Coefficients()):
         out.append("basis and coefficients belong to merge_method: rain; task_arithmetic would ignore them: drop them")
     low, high = recipe.coefficients.bounds
@@ -306,8 +223,7 @@ def to_yaml(recipe: Recipe) -> str:
     data = dataclasses.asdict(recipe)
     data.pop("source")
     data["lambda"] = data.pop("lam")
-    plain = yaml.safe_dump(_plain(data), sort_keys=False)
-    return plain
+    return yaml.safe_dump(_plain(data), sort_keys=False)
 
 
 def _plain(value: Any) -> Any:

@@ -75,6 +75,16 @@ def by_module(plan: Plan, composed: dict[str, Composed]) -> list[dict[str, Any]]
     return rows
 
 
+def rank_warnings(rows: list[dict[str, Any]]) -> list[str]:
+    """Modules whose bases take more than half of the input space, where little of the task vector is left."""
+    return [
+        f"{row['module']}: the protected space takes {row['rank_over_in']:.0%} of the input dimensions and leaves "
+        f"{row['kept_over_delta']:.0%} of ‖Δ‖; lower basis.energy, or protect fewer positions"
+        for row in rows
+        if row["rank_over_in"] > 0.5
+    ]
+
+
 def _mean(values) -> float:
     values = list(values)
     return sum(values) / len(values)
@@ -89,7 +99,6 @@ def inputs(plan: Plan) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {"transformers": transformers.__version__},
         "tensors": {"merged": len(plan.merged), "copied": len(plan.copied)},
-        "warnings": list(plan.warnings),
     }
 
 

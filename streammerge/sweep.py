@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .arch import SITES
 from .attention import AttentionMass, LayerMass
 from .bases import LayerBases, SiteBasis, build_bases, feature_kind
 from .batches import make_batches
@@ -105,7 +106,7 @@ def sweep(run: Run) -> None:
             bases, alpha = load_bases(run.scratch, layer, run.model.device), known[layer]
         else:
             bases = stage_one(run, layer, lrm)
-            alpha = stage_two(run, layer, trio, lrm, bases)
+            alpha = stage_two(run, layer, trio, bases)
         run.advance(layer, lrm, run.streams.reference)
         merged, told = compose_layer(run, trio, bases, alpha)
         run.composed |= told
@@ -144,12 +145,11 @@ def stage_one(run: Run, layer: int, lrm: dict[str, Tensor]) -> LayerBases:
     kind, thinking = feature_kind(recipe.basis), recipe.thinking
     attended = thinking.attended_values and "v" in recipe.modules
     capture = FeatureCapture(run.data.reasoning, stream.batches, run.plan.layout, attended, kind)
-    sites = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
-    run.advance(layer, lrm, stream, observer=capture, sites=sites)
+    run.advance(layer, lrm, stream, observer=capture, sites=tuple(SITES))
     return build_bases(capture, recipe.basis, recipe.seed, layer)
 
 
-def stage_two(run: Run, layer: int, trio: Trio, lrm: dict[str, Tensor], bases: LayerBases) -> LayerAlpha:
+def stage_two(run: Run, layer: int, trio: Trio, bases: LayerBases) -> LayerAlpha:
     """The instruction set through θ_R + λ Δ⊥ (α = 1); α of this layer from its attention."""
     coefficients, layout = run.plan.recipe.coefficients, run.plan.layout
     if not run.plan.recipe.needs_instruction:
@@ -185,6 +185,8 @@ def read_layer(run: Run, layer: int, *, lrm_only: bool) -> Trio:
 
 def lend(run: Run, layer: int, lrm: dict[str, Tensor], merged: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """A layer's weights as the forward wants them: names inside the layer, on the device, in the compute dtype."""
+    if not run.streams.all():
+        return {}  # a merge without calibration runs no layer
     weights, prefix = lrm | (merged or {}), run.plan.family.layer_prefix(layer)
     return {name.removeprefix(prefix): t.to(run.model.device, run.model.dtype) for name, t in weights.items()}
 

@@ -119,7 +119,7 @@ def test_cuda_without_a_gpu(bench):
 
 
 def test_budget_too_small(bench):
-    told = bench.refused(4, "host memory", "needed, 64KiB given", budget={"host_memory": "64KiB"})
+    told = bench.refused(4, "host memory", "needed, 64.00 KiB given", budget={"host_memory": "64KiB"})
     needed = told.split("host memory: ")[1].split(" needed")[0].replace(" ", "")
     size = str(float(needed[:-3]) * 1.01) + needed[-3:]
     bench.recipe(budget={"host_memory": size})

@@ -50,7 +50,7 @@ def test_scope_is_what_is_given_together():
     """Layer scope calls with one layer at a time: every layer's mean is 1. Over the model only the whole mean is."""
     one_by_one = np.concatenate([found(Coefficients(bounds=WIDE), [m]) for m in masses()])
     g, _ = statistics()
-    wanted = 1 + 0.5 * (g - g.mean(1, keepdims=True)) / g.std(1, keepdims=True)
+    wanted = 1 + Coefficients().kappa * (g - g.mean(1, keepdims=True)) / g.std(1, keepdims=True)
     np.testing.assert_allclose(one_by_one, wanted, rtol=1e-5)
     together = found(Coefficients(bounds=WIDE))
     assert abs(together.mean() - 1) < 1e-6 and abs(together.mean(1) - 1).max() > 0.1

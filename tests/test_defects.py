@@ -310,11 +310,12 @@ def test_defect_9_stage_2_measures_every_module(make_recipe, tmp_path, monkeypat
     composed: Counter = Counter()
     plain = sweep.compose
     monkeypatch.setattr(sweep, "compose", lambda module, *a: composed.update([module]) or plain(module, *a))
-    whole = merge(make_recipe(), tmp_path / "whole")["attention"]
+    layer_scope = {"coefficients": {"scope": "layer"}}  # measures the probe; model scope measures the LRM alone
+    whole = merge(make_recipe(**layer_scope), tmp_path / "whole")["attention"]
     assert composed == dict.fromkeys(MODULES, 2 * 3), "once for the probe, once to be written, in each layer"
     for left_out in ("down", "up", "o"):
         modules = [m for m in MODULES if m != left_out]
-        without = merge(make_recipe(modules=modules), tmp_path / left_out)["attention"]
+        without = merge(make_recipe(modules=modules, **layer_scope), tmp_path / left_out)["attention"]
         assert without["0"] == whole["0"], "layer 0's attention comes before its FFN and output"
         for layer in ("1", "2"):
             gap = torch.tensor(without[layer]["alignment"]) - torch.tensor(whole[layer]["alignment"])

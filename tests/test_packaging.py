@@ -25,7 +25,7 @@ def wheel(tmp_path_factory):
         if (ROOT / name).is_file():
             (work / "src" / name).parent.mkdir(parents=True, exist_ok=True)
             (work / "src" / name).write_bytes((ROOT / name).read_bytes())
-    pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(work), "src")
+    pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(work), "./src")
     built = run(*pip, cwd=work)
     assert built.returncode == 0, built.stderr
     return next(work.glob("*.whl"))

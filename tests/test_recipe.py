@@ -68,7 +68,7 @@ WRONG = {
     "list for a choice": ("dtype: [float32]", "r.yml:8: dtype is ['float32']; wanted one of"),
     "list for a mapping": ("basis: [1]", "r.yml:8: basis must be a mapping of keys"),
     "text for a mapping": ("thinking: auto", "r.yml:8: thinking must be a mapping of keys"),
-    "mapping for a text": ("shard_size: {a: 1}", "r.yml:8: shard_size is {'a': 1}; wanted a text"),
+    "mapping for a text": ("shard_size: {a: 1}", "r.yml:8: shard_size is {'a': 1}; wanted a size, such as 8GiB"),
     "bounds of one": ("coefficients: {bounds: [1]}", "r.yml:8: coefficients.bounds is [1]; wanted a list of 2 numbers"),
     "bounds reversed": ("coefficients: {bounds: [2, 1]}", "coefficients.bounds is [2.0, 1.0]; wanted 0 <= low <= high"),
     "bounds negative": ("coefficients: {bounds: [-1, 1]}", "wanted 0 <= low <= high"),

@@ -12,8 +12,9 @@ from reference_rain import stage_by_stage
 from safetensors import safe_open
 
 from streammerge import merge, parse_recipe
+from streammerge.estimate import predict
 from streammerge.pipeline import calibrate
-from streammerge.plan import make_plan, predict
+from streammerge.plan import make_plan
 from streammerge.progress import Progress
 
 VARIANTS = {
