@@ -43,7 +43,7 @@ NO_BASIS = {"basis": {"rank": "none"}}
 VARIANTS = (
     *(Variant("task arithmetic", lam, {"merge_method": "task_arithmetic"}) for lam in (TASK_ARITHMETIC_BEST, 0.5, 1.0)),
     Variant("Stage 1 only", 1.0, UNIFORM),
-    Variant("Stage 2 only", 1.0, NO_BASIS),
+    *(Variant("Stage 2 only", lam, NO_BASIS) for lam in (0.3, 1.0)),
     Variant("RAIN", 0.7),
     Variant("RAIN", 1.0),
     Variant("RAIN", 1.3),
