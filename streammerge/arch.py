@@ -70,7 +70,7 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     if not isinstance(kind, str) or kind not in families():
         raise InputError(
             f"{where}: model_type is {kind!r}; the families known are {', '.join(sorted(families()))}. "
-            "A new family is one JSON file in streammerge/families (README, 'How to add a family')"
+            "A new family is one JSON file in streammerge/families (README, 'Extending')"
         )
     return families()[kind]
 

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from . import __version__
@@ -49,9 +50,9 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
-        prog="streammerge", description=__doc__.split("\n")[0], epilog=_EXIT_CODES, formatter_class=raw
-    )
-    top.description = "Merge large reasoning models with instruction-tuned ones, one layer in memory at a time."
+        prog="streammerge", epilog=_EXIT_CODES, formatter_class=raw,
+        description="Merge large reasoning models with instruction-tuned ones, one layer in memory at a time.",
+    )  # fmt: skip
     top.add_argument("--version", action="version", version=f"streammerge {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--host-memory", type=_size, metavar="SIZE", help="host limit, as 16GiB (default: recipe's)")
     merge.add_argument("--tokens-per-batch", type=_tokens, metavar="N", help="calibration tokens in a batch")
     merge.add_argument("--lambda", dest="lam", type=_finite, metavar="λ", help="override the recipe's lambda")
-    merge.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    merge.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)")
     _add_output_flags(merge)
     merge.set_defaults(run=_merge)
 
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     demo.add_argument("--out", type=Path, metavar="DIR", help="keep the merged models here (default: discarded)")
     demo.add_argument("--split", choices=("test", "validation"), default="test", help="rows to evaluate on")
-    demo.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    demo.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)")
     _add_output_flags(demo)
     demo.set_defaults(run=_demo)
     return top
@@ -94,16 +95,25 @@ def _size(text: str) -> str:
 
 
 def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number")
-    return value
+    with suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: wanted a finite number")
 
 
 def _tokens(text: str) -> int:
-    if int(text) < 64:
-        raise argparse.ArgumentTypeError(f"{text} is too few; wanted at least 64")
-    return int(text)
+    return _whole(text, least=64)
+
+
+def _threads(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _whole(text: str, least: int) -> int:
+    with suppress(ValueError):
+        if int(text) >= least:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: wanted a whole number, at least {least}")
 
 
 def _add_output_flags(command: argparse.ArgumentParser) -> None:
@@ -122,7 +132,7 @@ def _set_threads(args: argparse.Namespace) -> None:
     if args.threads is not None:
         import torch
 
-        torch.set_num_threads(max(1, args.threads))
+        torch.set_num_threads(args.threads)
 
 
 def _merge(args: argparse.Namespace) -> None:

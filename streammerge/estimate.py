@@ -57,8 +57,10 @@ def predict(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch
                 + ("is nine tenths of what there is" if wanted[s] == "auto" else "given")
                 for s in over
             ]
-            raise ResourceError(listed("The merge does not fit the memory budget:", needs, "Raise the budget, or drop "
-                                       "the longest calibration samples (calibration.max_tokens with on_long: drop)."))
+            fewer = "lower budget.tokens_per_batch, " if tokens > max(longest, 256) else ""
+            raise ResourceError(listed("The merge does not fit the memory budget:", needs, f"Raise the budget, {fewer}"
+                                       "or drop the longest calibration samples (calibration.max_tokens with "
+                                       "on_long: drop)."))
         tokens = max(longest, 256, tokens // 2)
 
 

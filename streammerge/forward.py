@@ -105,12 +105,12 @@ class StreamedModel:
             raise InputError(f"{checkpoint.path}/config.json: transformers cannot build the model "
                              f"({type(error).__name__}: {str(error)[:500]})") from None
         self.checkpoint, self.family, self.device, self.dtype = checkpoint, family, device, dtype
+        self._names = _fitting_names(model, checkpoint, family)
         self._skeleton = getattr(model, model.base_model_prefix).eval()
         self.norm, self._skeleton.norm = self._skeleton.norm, nn.Identity()
         self.layers = list(self._skeleton.layers)
         for layer in self.layers:
             layer.eval()
-        self._names = _fitting_names(self.layers, checkpoint, family)
         self._skeleton.layers = nn.ModuleList(_Recorder(layer) for layer in self.layers)
         rotary = self._skeleton.rotary_emb
         self._skeleton.rotary_emb = type(rotary)(config=config).to(device)  # its buffers are computed, not loaded
@@ -163,25 +163,27 @@ class StreamedModel:
         return torch.cat([rows[s] for s in sorted(rows)])
 
 
-def _fitting_names(layers: list[nn.Module], checkpoint: Checkpoint, family: Family) -> list[list[str]]:
-    """Names inside each layer that its module takes; InputError unless the checkpoint has just these, in their shapes.
+def _fitting_names(model: nn.Module, checkpoint: Checkpoint, family: Family) -> list[list[str]]:
+    """Names inside each layer that its module takes; InputError unless the checkpoint has what the model wants, in
+    its shapes, and nothing more inside the layers.
 
-    Old Llama checkpoints also store rotary frequencies, which the modules compute.
+    Old Llama checkpoints also store rotary frequencies, which the modules compute; a tied head need not be stored.
     """
-    names, problems = [], []
-    for n, layer in enumerate(layers):
-        prefix = family.layer_prefix(n)
-        wanted = {name: list(t.shape) for name, t in layer.state_dict().items()}
-        found = {k.removeprefix(prefix): list(t.shape) for k, t in checkpoint.tensors.items() if k.startswith(prefix)}
-        for name in sorted(wanted.keys() | found.keys()):
-            has, wants = found.get(name, "no such tensor"), wanted.get(name, "no such tensor")
-            if has != wants and not name.endswith("rotary_emb.inv_freq"):
-                problems.append(f"{prefix}{name}: the checkpoint has {has}; wanted {wants}")
-        names.append(list(wanted))
+    wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        wanted.pop(family.head, None)
+    inside = family.layers + "."
+    found = {k: list(t.shape) for k, t in checkpoint.tensors.items() if k in wanted or k.startswith(inside)}
+    problems = []
+    for name in sorted(wanted.keys() | found.keys()):
+        has, wants = found.get(name, "no such tensor"), wanted.get(name, "no such tensor")
+        if has != wants and not name.endswith("rotary_emb.inv_freq"):
+            problems.append(f"{name}: the checkpoint has {has}; wanted {wants}")
     if problems:
         raise InputError(listed(f"{checkpoint.role}: the weights in {checkpoint.path} do not fit its config.json:",
                                 problems, "Download the checkpoint again: config.json and weights belong together."))
-    return names
+    prefixes = [family.layer_prefix(n) for n in range(model.config.num_hidden_layers)]
+    return [[name.removeprefix(p) for name in wanted if name.startswith(p)] for p in prefixes]
 
 
 @contextmanager

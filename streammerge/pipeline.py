@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,10 @@ def compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
 
 
 def calibrate(plan: Plan, progress: Progress) -> CalibrationSet:
-    """The recipe's calibration sets as the LRM's tokenizer reads them; empty where the recipe needs none."""
+    """The recipe's calibration sets as the LRM's tokenizer reads them; empty where the recipe needs none.
+
+    Without Stage 1 only the held-out part of the reasoning set is kept, for L_think.
+    """
     recipe = plan.recipe
     if not (recipe.calibration.reasoning or recipe.needs_instruction):
         return _EMPTY
@@ -119,14 +123,17 @@ def calibrate(plan: Plan, progress: Progress) -> CalibrationSet:
     tokenizer = load_tokenizer(plan.lrm.path)
     markers = find_markers(tokenizer, recipe.thinking, plan.lrm.path)
     limit = plan.lrm.config.get("max_position_embeddings") or 1 << 30
-    return load_calibration(recipe, tokenizer, markers, limit, plan.lrm.path)
+    data = load_calibration(recipe, tokenizer, markers, limit, plan.lrm.path)
+    reasoning = data.reasoning if recipe.needs_reasoning else ()
+    return replace(data, reasoning=reasoning, instruction=data.instruction if recipe.needs_instruction else ())
 
 
 def _sweep(run: Run) -> float:
     """Run the sweep under a progress bar; returns its seconds."""
     began = time.perf_counter()
-    work = (1 + sum(s.tokens for s in run.streams.all())) * run.plan.layers  # token-layers, and one for each layer
-    run.progress.start("survey of the LRM, then merge" if surveyed(run.plan) else "sweep", work)
+    passes = 2 if surveyed(run.plan) else 1  # the work: token-layers, and one for each layer of a pass
+    work = (passes + sum(s.tokens for s in run.streams.all())) * run.plan.layers
+    run.progress.start("survey of the LRM, then merge" if passes == 2 else "sweep", work)
     sweep(run)
     run.progress.stop()
     return time.perf_counter() - began

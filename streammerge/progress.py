@@ -1,4 +1,5 @@
-"""What a user sees while a merge runs: a bar with an ETA on a terminal, JSON lines for a pipeline, else a line a stage.
+"""What a user sees while a merge runs: a bar with an ETA on a terminal, a JSON line a layer for a pipeline, else only
+a line a stage.
 
 Everything goes to stderr; stdout is kept for results.
 """
@@ -23,7 +24,8 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._began = time.perf_counter()
-        self._tokens = self._bytes = 0
+        self._tokens = self._bytes = self._done = 0
+        self._total = 1
 
     def __enter__(self) -> Progress:
         return self
@@ -32,7 +34,7 @@ class Progress:
         self.stop()
 
     def event(self, name: str, **fields: Any) -> None:
-        """Something worth a line in the log: a stage begins, a warning, a layer is done."""
+        """Something worth a line in the log, such as a stage that begins."""
         if self.mode == "json":
             record = {"ts": round(time.time(), 3), "level": "info", "event": name, **fields, "rss": host_now()}
             print(json.dumps(record), file=sys.stderr, flush=True)
@@ -43,7 +45,8 @@ class Progress:
     def start(self, label: str, total: int) -> None:
         """Begin a stage of `total` work units."""
         self.event(label)
-        self._began, self._tokens, self._bytes = time.perf_counter(), 0, 0
+        self._began, self._total = time.perf_counter(), max(1, total)
+        self._tokens = self._bytes = self._done = 0
         if self.mode == "auto" and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -54,18 +57,33 @@ class Progress:
                 TimeRemainingColumn(compact=True), TextColumn("{task.fields[rates]}"), console=Console(stderr=True),
             )  # fmt: skip
             self._bar.start()
-            self._task = self._bar.add_task(label, total=max(1, total), rates="")
+            self._task = self._bar.add_task(label, total=self._total, rates="")
 
     def advance(self, units: int = 0, *, tokens: int = 0, nbytes: int = 0, label: str | None = None) -> None:
         """Work done since the last call."""
+        self._done += units
         self._tokens += tokens
         self._bytes += nbytes
         if self._bar is not None:
-            seconds = max(1e-9, time.perf_counter() - self._began)
+            seconds = self._seconds()
             rates = f"{self._tokens / seconds / 1e3:.1f}k tok/s {self._bytes / seconds / 1e6:.0f} MB/s"
             rates += f" peak {host_peak() / 1e9:.2f} GB"
             told = {"description": label} if label else {}
             self._bar.update(self._task, advance=units, rates=rates, **told)
+
+    def layer(self, name: str, layer: int, of: int) -> None:
+        """A layer of the pass `name` is done, one work unit: a line with rates and ETA in the JSON log."""
+        self.advance(1)
+        if self.mode == "json":
+            seconds = self._seconds()
+            self.event(
+                name, layer=layer, of=of, tokens_per_second=round(self._tokens / seconds, 1),
+                bytes_per_second=round(self._bytes / seconds), peak=host_peak(),
+                eta_seconds=round(seconds * max(0, self._total - self._done) / self._done, 1),
+            )  # fmt: skip
+
+    def _seconds(self) -> float:
+        return max(1e-9, time.perf_counter() - self._began)
 
     def stop(self) -> None:
         """End the stage's bar."""

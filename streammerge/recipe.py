@@ -84,7 +84,7 @@ class Basis:
     rank: Literal["energy", "exact", "fixed", "none"] = "energy"  # none: no projection (Stage 1 off)
     energy: float = setting(0.97, above=0.0, most=1.0)
     size: int | None = setting(None, least=1)  # for rank: fixed
-    method: Literal["auto", "qr", "randomized", "covariance"] = "auto"
+    method: Literal["auto", "qr", "randomized", "covariance"] = "auto"  # rank: exact always factorises in full
     oversample: int = setting(16, least=1)
     power_iterations: int = setting(2, least=0)
 
@@ -211,6 +211,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
     low, high = recipe.coefficients.bounds
     if not 0 <= low <= high:
         out.append(f"coefficients.bounds is [{low}, {high}]; wanted 0 <= low <= high")
+    elif recipe.coefficients.rule == "uniform" and not low <= recipe.coefficients.value <= high:
+        out.append(f"coefficients.value is {recipe.coefficients.value}; wanted a value inside coefficients.bounds, "
+                   f"[{low}, {high}]")
     if recipe.needs_reasoning and not recipe.calibration.reasoning:
         out.append("calibration.reasoning is missing: the null space needs reasoning samples (or basis.rank: none)")
     if recipe.needs_instruction and not recipe.calibration.instruction:

@@ -107,12 +107,12 @@ def per_tensor(composed: dict[str, Composed]) -> dict[str, dict[str, Any]]:
     return {name: dataclasses.asdict(c) for name, c in composed.items()}
 
 
-def print_summary(report: dict[str, Any], out: Path, console: Any = None) -> None:
+def print_summary(report: dict[str, Any], out: Path) -> None:
     """The short table for a terminal, on stderr."""
     from rich.console import Console
     from rich.table import Table
 
-    console = console or Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False)  # a path or a config value may look like markup
     table = Table(title=f"streammerge: {report['recipe']['merge_method']}, λ = {report['recipe']['lambda']}")
     for column in ("module", "rank / in", "‖Δ⊥‖/‖Δ‖", "‖λαΔ⊥‖/‖Δ‖", "leak fp32", "leak written"):
         table.add_column(column, justify="right" if column != "module" else "left")
@@ -129,7 +129,7 @@ def print_summary(report: dict[str, Any], out: Path, console: Any = None) -> Non
         told = "  ".join(f"{name} {value:.2e}" for name, value in report["l_think"].items())
         console.print(f"L_think (nats, {report['calibration']['heldout']} held-out samples)  {told}")
     for warning in report["warnings"]:
-        console.print(f"[yellow]note[/yellow] {warning}")
+        console.print(f"note: {warning}")
     peak = report["memory"]
     console.print(f"peak memory {format_size(peak['host_beyond_imports'])} beyond imports (host), "
                   f"{format_size(peak['device'])} (device); {report['seconds']['total']:.1f} s")

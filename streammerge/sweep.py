@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from .calibration import CalibrationSet
 from .capture import FeatureCapture
 from .coefficients import alphas
 from .compose import Composed, LayerAlpha, compose
+from .errors import ResourceError
 from .forward import Stream, StreamedModel
 from .io.checkpoint import TORCH_DTYPES
 from .io.writer import CheckpointWriter
@@ -113,8 +115,7 @@ def sweep(run: Run) -> None:
         run.alphas[layer] = alpha
         write_layer(run, layer, merged)
         run.advance(layer, lend(run, layer, trio.lrm, merged), run.streams.verification)
-        run.progress.advance(1)
-        run.progress.event("layer", layer=layer, of=run.plan.layers)
+        run.progress.layer("layer", layer, run.plan.layers)
         del trio, lrm, bases, merged  # before the next layer is read: one trio in memory, not two
         give_back()
 
@@ -131,6 +132,7 @@ def survey(run: Run) -> list[LayerAlpha]:
         lrm = lend(run, layer, read_layer(run, layer, lrm_only=True).lrm)
         save_bases(run.scratch, layer, stage_one(run, layer, lrm))
         run.masses[layer] = attention_masses(run, layer, lrm)
+        run.progress.layer("survey", layer, run.plan.layers)
         del lrm
         give_back()
     masses = [run.masses[layer] for layer in range(run.plan.layers)]
@@ -217,12 +219,17 @@ def write_layer(run: Run, layer: int, merged: dict[str, Tensor]) -> None:
 
 
 def save_bases(scratch: Path, layer: int, bases: LayerBases) -> None:
-    """Keep a layer's bases on disk between the two passes of scope `model`."""
+    """Keep a layer's bases on disk between the two passes of scope `model`. Raises ResourceError if it cannot."""
     named = {f"site/{s}": b for s, b in bases.sites.items()} | {f"value/{i}": b for i, b in enumerate(bases.values)}
     tensors = {f"{name}/u": b.u.cpu().contiguous() for name, b in named.items()}
     tensors |= {f"{name}/facts": torch.tensor([b.energy, b.count], dtype=torch.float64) for name, b in named.items()}
-    scratch.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, scratch / f"bases-{layer:05d}.safetensors")
+    file = scratch / f"bases-{layer:05d}.safetensors"
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file)
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"{file}: the bases that wait for the second pass cannot be written ({error}); free some "
+                            "disk, or set coefficients.scope: layer, which keeps none") from error
 
 
 def load_bases(scratch: Path, layer: int, device: torch.device) -> LayerBases:

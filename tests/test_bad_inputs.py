@@ -104,7 +104,9 @@ def test_layers_that_do_not_exist(bench):
 @pytest.mark.parametrize("flags, named", [
     (["--device", "tpu9"], "--device"), (["--device", "cuda:99"], "--device cuda:99"),
     (["--device-memory", "lots"], "--device-memory"), (["--host-memory", "0GB"], "--host-memory"),
-    (["--lambda", "nan"], "--lambda"), (["--lambda", "x"], "--lambda"), (["--tokens-per-batch", "-5"], "--tokens-per"),
+    (["--lambda", "nan"], "--lambda"), (["--lambda", "x"], "'x': wanted a finite number"),
+    (["--tokens-per-batch", "-5"], "--tokens-per"), (["--tokens-per-batch", "x"], "wanted a whole number, at least 64"),
+    (["--threads", "0"], "wanted a whole number, at least 1"),
     (["--colour"], "--colour"),
 ])  # fmt: skip
 def test_flags(bench, flags, named):
@@ -121,9 +123,22 @@ def test_cuda_without_a_gpu(bench):
 def test_budget_too_small(bench):
     told = bench.refused(4, "host memory", "needed, 64.00 KiB given", budget={"host_memory": "64KiB"})
     needed = told.split("host memory: ")[1].split(" needed")[0].replace(" ", "")
+    assert "lower budget.tokens_per_batch" not in told
+    bench.refused(4, "lower budget.tokens_per_batch", budget={"host_memory": "64KiB", "tokens_per_batch": 4096})
     size = str(float(needed[:-3]) * 1.01) + needed[-3:]
     bench.recipe(budget={"host_memory": size})
     assert main(["merge", str(bench.root / "recipe.yml"), str(bench.out), "--quiet"]) == 0, "the minimum does not work"
+
+
+def test_a_disk_that_fills_between_the_passes(bench, monkeypatch):
+    from streammerge import sweep
+
+    def full(tensors, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep, "save_file", full)
+    bench.recipe()
+    bench.refused(4, bench.out, "No space left", "coefficients.scope: layer")
 
 
 def test_output_directory_in_use(bench):

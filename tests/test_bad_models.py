@@ -56,6 +56,18 @@ def test_shapes_that_differ_from_their_own_config(bench):
     assert told.count("has shape") == 9
 
 
+@pytest.mark.parametrize("changes, named", [
+    ({"vocab_size": 300}, ("model.embed_tokens.weight", "[400, 48]", "[300, 48]")),
+    ({"num_hidden_layers": 2}, ("model.layers.2.mlp.down_proj.weight", "no such tensor")),
+    ({"tie_word_embeddings": False}, ("lm_head.weight", "no such tensor", "[400, 48]")),
+])  # fmt: skip
+def test_an_lrm_whose_config_is_anothers(bench, changes, named):
+    """Such an output would not load in transformers."""
+    for role in bench.models:
+        bench.edit_config(role, **changes)
+    bench.refused(3, "reasoning_model", bench.models["lrm"], *named)
+
+
 def test_an_lrm_that_lacks_norms(bench):
     file = bench.models["lrm"] / "model.safetensors"
     model = make_model("llama")

@@ -72,6 +72,9 @@ WRONG = {
     "bounds of one": ("coefficients: {bounds: [1]}", "r.yml:8: coefficients.bounds is [1]; wanted a list of 2 numbers"),
     "bounds reversed": ("coefficients: {bounds: [2, 1]}", "coefficients.bounds is [2.0, 1.0]; wanted 0 <= low <= high"),
     "bounds negative": ("coefficients: {bounds: [-1, 1]}", "wanted 0 <= low <= high"),
+    "uniform outside bounds": (
+        "coefficients: {rule: uniform, value: 3}", "coefficients.value is 3.0; wanted a value inside"
+    ),
     "unknown module": ("modules: [q, w]", "modules has w; choose from q, k, v"),
     "no module": ("modules: []", "modules has nothing"),
     "layers in words": ("layers: all", "r.yml:8: layers is 'all'; wanted layer numbers and ranges"),
