@@ -44,16 +44,18 @@ def project(
 
     lrm, itm, base [out, in]; blocks: B orthonormal bases [in, r_b], one for each of B equal row blocks of the weight
     (B = 1 for all modules but v_proj; B = 0 projects nothing); rows [out] and cols [in] are the diagonals of D.
-    Returns (W* in fp32, not yet rounded; norms [5] in fp64: the squares of ‖Δ‖, ‖Δ U‖, ‖Δ⊥_α‖, ‖D Δ D U‖, ‖Δ⊥_α U‖).
+    Returns (W* in fp32, or in fp64 where a model is, not yet rounded; norms [5] in fp64: the squares of ‖Δ‖, ‖Δ U‖,
+    ‖Δ⊥_α‖, ‖D Δ D U‖, ‖Δ⊥_α U‖).
     Holds W* and a few chunks of rows.
     """
     out, width = lrm.shape
     per_block = out // max(1, len(blocks))
     step = max(1, min(per_block, chunk_elements // max(1, width)))
-    merged = torch.empty(lrm.shape, dtype=_wide(lrm[:0]).dtype, device=lrm.device)
+    dtype = torch.float64 if torch.float64 in (lrm.dtype, itm.dtype, base.dtype) else torch.float32
+    merged = torch.empty(lrm.shape, dtype=dtype, device=lrm.device)
     norms = torch.zeros(5, dtype=torch.float64, device=lrm.device)
-    for start, stop, basis in _row_chunks(out, step, blocks):
-        delta = _wide(itm[start:stop]) - _wide(base[start:stop])
+    for start, stop, basis in _row_chunks(out, step, [b.to(dtype) for b in blocks]):
+        delta = itm[start:stop].to(dtype) - base[start:stop].to(dtype)
         norms[0] += delta.square().sum(dtype=torch.float64)
         if basis is not None and basis.shape[1]:
             norms[1] += (delta @ basis).square().sum(dtype=torch.float64)
@@ -65,7 +67,7 @@ def project(
             norms[3] += inside.square().sum(dtype=torch.float64)
             norms[4] += (delta @ basis).square().sum(dtype=torch.float64)
         norms[2] += delta.square().sum(dtype=torch.float64)
-        merged[start:stop] = torch.add(_wide(lrm[start:stop]), delta, alpha=lam)
+        merged[start:stop] = torch.add(lrm[start:stop].to(dtype), delta, alpha=lam)
     return merged, norms
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .batches import Batch
 from .calibration import InstructionSample
+from .errors import overflow
 from .forward import AttentionInputs
 from .kernels import span_mass
 
@@ -68,6 +69,8 @@ class AttentionMass:
                     self._counts[kind] += 1
 
     def result(self) -> LayerMass:
-        """The means over instructions."""
+        """The means over instructions. InputError where attention was not finite: α would be 1, or NaN, unnoticed."""
+        if not torch.isfinite(self._sums).all():
+            raise overflow("the attention masses of the instruction samples")
         a, u = (total / max(1, n) for total, n in zip(self._sums, self._counts, strict=True))
         return LayerMass(a, u)

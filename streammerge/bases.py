@@ -16,7 +16,7 @@ from torch import Tensor
 from . import linalg
 from .arch import SITE_OF
 from .capture import FeatureCapture, Features
-from .errors import InputError
+from .errors import overflow
 from .recipe import Basis
 
 _DENSE = 1024  # below this many rows or features an exact factorisation costs less than a randomized one
@@ -74,8 +74,7 @@ def _basis(features: Features, basis: Basis, generator: torch.Generator) -> Site
     is_cov = features.cov is not None
     operand = features.cov if is_cov else torch.cat(features.rows)
     if not torch.isfinite(operand).all():
-        raise InputError("the LRM's activations at the thinking positions are not finite: the compute dtype overflows; "
-                         "set compute_dtype: float32 (or bfloat16) in the recipe")
+        raise overflow("the LRM's activations at the thinking positions")
     limit = min(operand.shape)
     dense = basis.method == "qr" or basis.rank == "exact" or (basis.method != "randomized" and limit <= _DENSE)
     if dense:

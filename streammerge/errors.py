@@ -51,6 +51,12 @@ class MarkersError(StreamMergeError):
     exit_code = 7
 
 
+def overflow(where: str) -> InputError:
+    """The error for activations that are not finite though all weights are."""
+    return InputError(f"{where} are not finite: the compute dtype overflows; set compute_dtype: float32 (or bfloat16) "
+                      "in the recipe")
+
+
 def listed(headline: str, problems: Iterable[str], advice: str = "", most: int = 20) -> str:
     """One screen of text: a headline, one line a problem (the first `most`, then a count), then what to do."""
     problems = list(problems)

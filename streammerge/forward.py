@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -54,12 +55,22 @@ class Observer(Protocol):
         """Queries and keys of the layer's attention."""
 
 
+def _reads_grouped_heads(query: Tensor) -> bool:
+    """Whether SDPA has a lean kernel for fewer key/value than query heads. CUDA's fp32 one (memory-efficient) has not:
+    asked for it, SDPA falls back to plain arithmetic and holds [H, T, T]."""
+    return not (query.is_cuda and query.dtype == torch.float32)
+
+
 def _observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
     watcher = getattr(module, "_streammerge_watcher", None)
     if watcher is not None:
         window = kwargs.get("sliding_window")
         window = None if window is None else min(window, key.shape[2])
         watcher(AttentionInputs(query, key, kwargs["scaling"], window))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not _reads_grouped_heads(query):
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 

@@ -94,7 +94,8 @@ def make_plan(recipe: Recipe) -> Plan:
         OutTensor(t.name, (code or t.dtype) if t.name in merged else t.dtype, t.shape) for t in lrm.tensors.values()
     )
     layout = head_layout(lrm.config)
-    return Plan(recipe, lrm, itm, base, family, layout, layers, merged, tensors, tuple(_warnings(lrm, itm, base)))
+    warnings = tuple(_warnings(recipe, lrm, itm, base))
+    return Plan(recipe, lrm, itm, base, family, layout, layers, merged, tensors, warnings)
 
 
 def _open_all(recipe: Recipe) -> list[Checkpoint]:
@@ -178,9 +179,13 @@ def _unfit(merged: dict[str, Job], lrm: Checkpoint, models: Sequence[Checkpoint]
     return problems
 
 
-def _warnings(lrm: Checkpoint, itm: Checkpoint, base: Checkpoint) -> list[str]:
+def _warnings(recipe: Recipe, lrm: Checkpoint, itm: Checkpoint, base: Checkpoint) -> list[str]:
     """Differences that do not stop a merge but that its user should know."""
     out = []
+    stated = lrm.config.get("dtype") or lrm.config.get("torch_dtype")
+    if recipe.dtype != "auto" and stated and stated != recipe.dtype:
+        out.append(f"merged tensors are written as {recipe.dtype}, but config.json, a copy of the LRM's, says "
+                   f"{stated}: transformers will load them as {stated} unless it is told otherwise")
     for other in distinct(itm, base):
         for key in _TOLD:
             mine, theirs = lrm.config.get(key), other.config.get(key)

@@ -28,10 +28,11 @@ from .calibration import CalibrationSet
 from .capture import FeatureCapture
 from .coefficients import alphas
 from .compose import Composed, LayerAlpha, compose
-from .errors import ResourceError
+from .errors import InputError, ResourceError
 from .forward import Stream, StreamedModel
 from .io.checkpoint import TORCH_DTYPES
 from .io.writer import CheckpointWriter
+from .linalg import full_precision
 from .memory import give_back
 from .plan import Plan
 from .progress import Progress
@@ -95,6 +96,11 @@ class Run:
 
 def sweep(run: Run) -> None:
     """Merge every layer and write it. Fills run.composed, run.alphas and run.masses."""
+    with full_precision(run.model.device):
+        _sweep(run)
+
+
+def _sweep(run: Run) -> None:
     for stream in run.streams.all():
         run.model.embed(stream)
         if not all(torch.isfinite(stream.stash.fetch(n)).all() for n in range(len(stream.batches))):
@@ -135,6 +141,9 @@ def survey(run: Run) -> list[LayerAlpha]:
         run.progress.layer("survey", layer, run.plan.layers)
         del lrm
         give_back()
+    for stream in (run.streams.reasoning, run.streams.instruction):
+        if stream:
+            stream.stash.drop()  # the merging pass moves the held-out set alone
     masses = [run.masses[layer] for layer in range(run.plan.layers)]
     return alphas(masses, run.plan.recipe.coefficients, run.plan.layout)
 
@@ -206,6 +215,9 @@ def compose_layer(
         out[name], told[name] = compose(
             module, *three, bases.of(module), alpha, plan.layout, plan.recipe.lam, dtype
         )
+        if not told[name].finite:
+            raise InputError(f"{name}: the merged weights overflow {str(dtype).removeprefix('torch.')}, in which they "
+                             "are written; lower lambda, or write dtype: bfloat16 (or float32) in the recipe")
     return out, told
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .calibration import ReasoningSample
-from .errors import InputError, StreamMergeError, VerificationError, listed
+from .errors import InputError, StreamMergeError, VerificationError, listed, overflow
 from .forward import Stream, StreamedModel
 from .io.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint, side_files
+from .linalg import full_precision
 from .plan import Plan, distinct
 
 _CHUNK_ELEMENTS = 1 << 20  # of the output embedding, and of the logits, held at a time: 4 and 8 MiB
@@ -31,13 +32,15 @@ def thinking_positions(sample: ReasoningSample) -> tuple[int, ...]:
 def think_loss(
     model: StreamedModel, head: str, samples: Sequence[ReasoningSample], reference: Stream, merged: Stream
 ) -> dict[str, float]:
-    """L_think by position class, from the two streams' states after the last layer. Nats."""
+    """L_think by position class, from the two streams' states after the last layer. Nats; InputError if not finite."""
     positions = [thinking_positions(s) for s in samples]
-    kl = kl_rows(
-        model.checkpoint, head, model.final_hidden(reference, positions), model.final_hidden(merged, positions)
-    ).tolist()
+    with full_precision(model.device):
+        hidden = (model.final_hidden(reference, positions), model.final_hidden(merged, positions))
+        kl = kl_rows(model.checkpoint, head, *hidden)
+    if not torch.isfinite(kl).all() and all(is_finite(model.checkpoint, name) for name in (model.family.norm, head)):
+        raise overflow("the activations of the held-out samples")  # damaged tensors are verify_output's to name
     sums: dict[str, list[float]] = {"opener": [], "predecessor": [], "closer": [], "window": []}
-    flat = iter(kl)
+    flat = iter(kl.tolist())
     for sample, at in zip(samples, positions, strict=True):
         by_position = {t: next(flat) for t in at}
         for name in ("opener", "predecessor", "closer"):

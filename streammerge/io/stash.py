@@ -33,6 +33,10 @@ class Stash:
             held = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
         self._held[batch] = held.copy_(hidden)
 
+    def drop(self) -> None:
+        """Forget every batch: the stream has been all the way up."""
+        self._held.clear()
+
     def fetch(self, batch: int) -> Tensor:
         """The batch's hidden states on the device."""
         return self._held[batch].to(self.device, non_blocking=True)
