@@ -3,7 +3,7 @@
     python benchmarks/predict.py
 
 The checkpoints are real headers over sparse files (no disk, no weights): the numbers come from the same
-`estimate.predict` that a merge prints and that tests/test_memory.py holds to what is measured. Predicted, not measured.
+`estimate.predict` that a merge reports and that tests/test_memory.py holds to what is measured. Predicted, not measured.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def sparse_checkpoint(path: Path, shape: tuple[int, ...]) -> Path:
 
 
 def calibration() -> CalibrationSet:
-    """As many samples and tokens as the authors' sets have; Ω_think of seven positions."""
+    """As many samples and tokens as the authors' sets have; Ω_think of eight positions."""
     held = REASONING // 10
     thoughts = [ReasoningSample(str(i), (0,) * TOKENS[0], tuple(range(8)), 0, 1, 2) for i in range(REASONING)]
     orders = tuple(InstructionSample(str(i), (0,) * TOKENS[1], ()) for i in range(INSTRUCTION))
