@@ -3,7 +3,7 @@
     python benchmarks/predict.py
 
 The checkpoints are real headers over sparse files (no disk, no weights): the numbers come from the same
-`estimate.predict` that a merge reports and that tests/test_memory.py holds to what is measured. Predicted, not measured.
+`estimate.predict` that a merge reports and tests/test_memory.py holds to what is measured. Predicted, not measured.
 """
 
 from __future__ import annotations
