@@ -10,8 +10,12 @@ import ctypes
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -78,6 +82,15 @@ def reset_host_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def reset_device_peak(device: torch.device) -> None:
+    """Start a new peak on a CUDA device."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.init()  # the meter of cuda:N refuses to be reset before
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def device_peak(device: str) -> int:

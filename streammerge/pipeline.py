@@ -46,8 +46,7 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
     out, began, progress = Path(out), time.perf_counter(), progress or Progress("quiet")
     where = pick_device(device)
     fresh_meter, floor = memory.reset_host_peak(), memory.host_now()
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
+    memory.reset_device_peak(where)
     with progress:
         plan = make_plan(recipe)
         data = calibrate(plan, progress)
@@ -98,6 +97,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise RecipeError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"--device {name}: streammerge runs on cpu and cuda; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise RecipeError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu, or install "
                           "a CUDA build of torch")

@@ -9,16 +9,17 @@ import torch
 from builders import recipe_text, save_trio
 from safetensors.torch import load_file, save_file
 
-from streammerge import forward, linalg, merge, parse_recipe, sweep
+from streammerge import forward, linalg, memory, merge, parse_recipe, sweep
 from streammerge.arch import HeadLayout
 from streammerge.attention import AttentionMass
 from streammerge.bases import SiteBasis
 from streammerge.batches import Batch
 from streammerge.calibration import Instruction, InstructionSample
 from streammerge.compose import LayerAlpha, compose
-from streammerge.errors import InputError
+from streammerge.errors import InputError, RecipeError
 from streammerge.forward import AttentionInputs
 from streammerge.io.stash import Stash
+from streammerge.pipeline import pick_device
 from streammerge.plan import make_plan
 
 CPU = torch.device("cpu")
@@ -166,3 +167,19 @@ def test_streams_that_the_merging_pass_does_not_move_are_dropped_after_the_surve
     monkeypatch.setattr(Stash, "drop", lambda self: drop(self) or dropped.append(self.nbytes))
     merge(make_recipe(), tmp_path / "out")
     assert dropped == [0, 0] and held == [2, 2, 2]
+
+
+def test_the_meter_of_a_numbered_device_is_reset_after_cuda_has_started(monkeypatch):
+    """torch refuses the reset of cuda:N with 'did you call init?' in a process that has not touched CUDA yet."""
+    called = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: called.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: called.append(str(device)))
+    memory.reset_device_peak(torch.device("cuda:1"))
+    memory.reset_device_peak(CPU)
+    assert called == ["init", "cuda:1"]
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "xpu"])
+def test_devices_that_nothing_was_written_for(name):
+    with pytest.raises(RecipeError, match="cpu and cuda"):
+        pick_device(name)
