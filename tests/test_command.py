@@ -55,6 +55,17 @@ def test_quiet_is_quiet(bench):
     assert told.out == "" and told.err == ""
 
 
+def test_flags_override_the_recipe(bench):
+    recipe = bench.recipe(**{"lambda": 1.0, "budget": {"host_memory": "3GiB", "tokens_per_batch": 4096}})
+    flags = ["--lambda", "0.5", "--tokens-per-batch", "512", "--host-memory", "2GiB", "--device-memory", "1GiB"]
+    assert main(["merge", str(recipe), str(bench.out), "--quiet", "--json", "--device", "cpu", *flags]) == 0
+    report = json.loads(bench.capfd.readouterr().out)
+    assert report["recipe"]["lambda"] == 0.5 and report["plan"]["tokens_per_batch"] == 512
+    wanted = {"host_memory": "2GiB", "device_memory": "1GiB", "tokens_per_batch": 512}
+    assert report["recipe"]["budget"] == wanted and report["device"] == "cpu"
+    assert main(["merge", str(recipe), str(bench.root / "second"), "--quiet", "--host-memory", "1MB"]) == 4
+
+
 def test_help_tells_keys_and_exit_codes(capsys):
     for args in (["--help"], ["merge", "--help"]):
         with pytest.raises(SystemExit) as caught:

@@ -16,10 +16,16 @@ KEYS = {"method", "lambda", "reasoning_accuracy", "instruction_accuracy", "both_
 
 
 @pytest.fixture(scope="module")
-def table():
+def kept(tmp_path_factory):
+    """Where the demo keeps its merged models."""
+    return tmp_path_factory.mktemp("demo") / "kept"
+
+
+@pytest.fixture(scope="module")
+def table(kept):
     """The rows of `streammerge demo --json`, by (method, λ)."""
     script = Path(sys.executable).with_name("streammerge")
-    done = subprocess.run([script, "demo", "--json"], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([script, "demo", "--json", "--out", kept], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return {(row["method"], row["lambda"]): row for row in json.loads(done.stdout)}
 
@@ -30,6 +36,14 @@ def test_rows_are_complete(table):
     assert wanted == set(table)
     assert ("task arithmetic", TASK_ARITHMETIC_BEST) in table
     assert table["LRM", None]["l_think"] == pytest.approx(0, abs=1e-9)
+
+
+def test_merged_models_are_kept_where_asked(table, kept):
+    found = {path.name for path in kept.iterdir()}
+    assert {v.slug for v in VARIANTS} < found and len(found) == len(table) - 2
+    for name in found:
+        lam = json.loads((kept / name / "streammerge_report.json").read_text())["recipe"]["lambda"]
+        assert (kept / name / "model.safetensors").exists() and name.endswith(f"-{lam:g}")
 
 
 def test_the_merge_does_what_it_is_for(table):
