@@ -23,10 +23,10 @@ setup(
         "streammerge.demo": ["data/*.*", "data/*/*"],
     },
     install_requires=[
-        "torch>=2.9",
-        "transformers>=5.10,<6",
+        "torch>=2.11",
+        "transformers>=5.17,<6",
         "tokenizers>=0.22",
-        "safetensors>=0.6",
+        "safetensors>=0.8",
         "numpy>=1.26",
         "pyyaml>=6",
         "rich>=13",
