@@ -42,7 +42,7 @@ class Composed:
     weight: float  # ‖W_R‖
     inside: float  # ‖D Δ D U‖: what an unprojected delta would do inside the protected space
     leak: float  # ‖Δ⊥_α U‖ / ‖D Δ D U‖ in fp32
-    written_leak: float  # ‖(W* as written − W_R) U‖ / ‖λ D Δ D U‖
+    written_leak: float  # ‖(W* as written − W_R) U‖ / ‖λ D Δ D U‖; rounding to a narrower dtype than W_R's counts too
     changed: int  # elements that differ from the LRM's, after rounding
     rank: int  # of the widest block
     width: int

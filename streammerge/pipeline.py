@@ -20,7 +20,7 @@ import torch
 
 from . import memory, report
 from .calibration import CalibrationSet, load_calibration
-from .errors import RecipeError, UnchangedError
+from .errors import RecipeError, ResourceError, UnchangedError
 from .estimate import predict
 from .forward import StreamedModel
 from .io.checkpoint import TORCH_DTYPES, side_files
@@ -75,7 +75,7 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
                 result = {
                     **report.inputs(plan),
                     **told,
-                    "warnings": [*plan.warnings, *report.rank_warnings(told["modules"])],
+                    "warnings": [*plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data)],
                     "calibration": data.notes | {"heldout": len(data.heldout)},
                     "verified": verify_output(plan, out),
                     "device": str(where),
@@ -109,7 +109,8 @@ def compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
     """The dtype of the calibration forwards: fp32 on a CPU (faster there, and exacter), the LRM's own on a GPU."""
     if plan.recipe.compute_dtype != "auto":
         return getattr(torch, plan.recipe.compute_dtype)
-    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[plan.lrm.tensors[plan.family.norm].dtype]
+    weight = plan.lrm.tensors[plan.family.weight(0, "q")]  # norms may be stored wider than what they scale
+    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[weight.dtype]
 
 
 def calibrate(plan: Plan, progress: Progress) -> CalibrationSet:
@@ -159,6 +160,13 @@ def _describe(run: Run, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _unmeasured(data: CalibrationSet) -> list[str]:
+    """What a user might look for in the report and not find."""
+    if data.heldout:
+        return []
+    return ["L_think was not measured: it needs held-out samples (calibration.reasoning, calibration.holdout)"]
+
+
 def _refuse_unchanged(plan: Plan, totals: dict[str, float]) -> None:
     """A merge that did nothing is an error unless asked for (method.md, section 3)."""
     if plan.recipe.allow_unchanged:
@@ -206,5 +214,9 @@ def _peaks(device: torch.device, floor: int, fresh: bool) -> dict[str, Any]:
 
 def _write_report(out: Path, result: dict[str, Any]) -> None:
     partial = out / (report.FILE_NAME + ".partial")
-    partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    os.replace(partial, out / report.FILE_NAME)
+    try:
+        partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        os.replace(partial, out / report.FILE_NAME)
+    except OSError as error:
+        raise ResourceError(f"{partial}: the report cannot be written: {error.strerror}; free some space and merge "
+                            "again") from None

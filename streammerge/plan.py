@@ -54,8 +54,9 @@ class Plan:
 
     @property
     def head(self) -> str:
-        """The key of the output embedding: the input embedding where they are tied."""
-        return self.family.head if self.family.head in self.lrm.tensors else self.family.embedding
+        """The key of the output embedding: the input embedding where they are tied, even if a head is stored too."""
+        tied = self.lrm.config.get("tie_word_embeddings") or self.family.head not in self.lrm.tensors
+        return self.family.embedding if tied else self.family.head
 
     def layer_tensors(self, layer: int) -> list[str]:
         """Every LRM tensor of a decoder layer."""

@@ -206,6 +206,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         out.append(f"basis.energy is given but basis.rank is {recipe.basis.rank}: write rank: energy, or drop energy")
     if recipe.coefficients.value != Coefficients().value and recipe.coefficients.rule != "uniform":
         out.append(f"coefficients.value is given but the rule is {recipe.coefficients.rule}: write rule: uniform")
+    unused = {"uniform": ("scope", "kappa", "rho", "rows"), "literal": ("kappa",), "prior": ("kappa",)}
+    for key in unused.get(recipe.coefficients.rule, ()):
+        if getattr(recipe.coefficients, key) != getattr(Coefficients(), key):
+            out.append(f"coefficients.{key} has no effect with rule: {recipe.coefficients.rule}; drop it")
     if recipe.merge_method == "task_arithmetic" and (recipe.basis, recipe.coefficients) != (Basis(), Coefficients()):
         out.append("basis and coefficients belong to merge_method: rain; task_arithmetic would ignore them: drop them")
     low, high = recipe.coefficients.bounds

@@ -81,7 +81,7 @@ def rank_warnings(rows: list[dict[str, Any]]) -> list[str]:
         f"{row['module']}: the protected space takes {row['rank_over_in']:.0%} of the input dimensions and leaves "
         f"{row['kept_over_delta']:.0%} of ‖Δ‖; lower basis.energy, or protect fewer positions"
         for row in rows
-        if row["rank_over_in"] > 0.5
+        if row["rank_over_in"] > 0.5 and row["kept_over_delta"] > 0
     ]
 
 

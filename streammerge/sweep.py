@@ -153,10 +153,12 @@ def stage_one(run: Run, layer: int, lrm: dict[str, Tensor]) -> LayerBases:
     recipe, stream = run.plan.recipe, run.streams.reasoning
     if not recipe.needs_reasoning or stream is None:
         return LayerBases({})
-    kind, thinking = feature_kind(recipe.basis), recipe.thinking
-    attended = thinking.attended_values and "v" in recipe.modules
+    modules = {job.module for job in run.plan.merged.values() if job.layer == layer}
+    sites = tuple(site for site, shared in SITES.items() if modules & set(shared))
+    attended = recipe.thinking.attended_values and "v" in modules
+    kind = feature_kind(recipe.basis)
     capture = FeatureCapture(run.data.reasoning, stream.batches, run.plan.layout, attended, kind)
-    run.advance(layer, lrm, stream, observer=capture, sites=tuple(SITES))
+    run.advance(layer, lrm, stream, observer=capture, sites=sites)
     return build_bases(capture, recipe.basis, recipe.seed, layer)
 
 

@@ -129,6 +129,8 @@ def non_finite_everywhere(plan: Plan) -> StreamMergeError:
             if not is_finite(checkpoint, name):
                 info = checkpoint.tensors[name]
                 problems.append(f"{checkpoint.role}: {name} in {info.file}")
+    if not problems:
+        return overflow("the token embeddings in the compute dtype")
     return InputError(
         listed("Weights with NaN or infinite values cannot be merged:", problems, "Download or save these files again.")
     )

@@ -51,6 +51,11 @@ def test_the_merge_does_what_it_is_for(table):
     lrm, rain = table["LRM", None], table["RAIN", 1.0]
     assert rain["instruction_accuracy"] > lrm["instruction_accuracy"] + 0.3
     assert rain["both_accuracy"] > lrm["both_accuracy"] + 0.3
+    best, uniform = table["task arithmetic", TASK_ARITHMETIC_BEST], table["uniform α, equal norm", 1.0]
+    for accuracy in ("reasoning_accuracy", "instruction_accuracy", "both_accuracy"):
+        assert rain[accuracy] >= best[accuracy], accuracy
+    assert rain["l_think"] <= best["l_think"] / 2
+    assert rain["instruction_accuracy"] > uniform["instruction_accuracy"]
     for (method, lam), row in table.items():
         if method == "RAIN":
             assert row["missing_think"] == 0, lam

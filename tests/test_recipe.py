@@ -217,7 +217,7 @@ reasoning_model: ∇/r
 calibration: {reasoning: a b.json, instruction: i.jsonl, holdout: .25, limit_reasoning: 7, on_long: drop}
 thinking: {open: "<think>\\n", close: "no", before: 2, attended_values: false}
 basis: {rank: fixed, size: 12, method: randomized, oversample: 3}
-coefficients: {rule: prior, scope: model, kappa: 1, bounds: [0, 3], rows: token}
+coefficients: {rule: prior, scope: layer, rho: 2, bounds: [0, 3], rows: token}
 lambda: 1e-3
 layers: 0-2,9
 modules: [q, down]
@@ -235,6 +235,16 @@ def test_to_yaml_and_back(text):
     again = parse_recipe(to_yaml(recipe), "r.yml")
     assert again == recipe
     assert to_yaml(again) == to_yaml(recipe)
+
+
+@pytest.mark.parametrize("lines, wanted", [
+    ("basis: {rank: exact, energy: .9}", "basis.energy is given but basis.rank is exact"),
+    ("coefficients: {value: .5}", "coefficients.value is given but the rule is standardized"),
+    ("coefficients: {rule: uniform, scope: layer, rho: 2}", "coefficients.rho has no effect with rule: uniform"),
+    ("coefficients: {rule: literal, kappa: 1}", "coefficients.kappa has no effect with rule: literal"),
+])  # fmt: skip
+def test_keys_without_effect_are_refused(lines, wanted):
+    assert wanted in mistakes(GOOD + lines + "\n")
 
 
 def test_every_field_survives_to_yaml():

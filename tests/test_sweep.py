@@ -134,6 +134,23 @@ def test_task_arithmetic_is_the_formula(trio, tmp_path):
         torch.testing.assert_close(merged[name], wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_unmeasured_l_think_is_said(trio, tmp_path):
+    text = recipe_text(trio, None, merge_method="task_arithmetic", **{"lambda": 0.3})
+    report = merge(parse_recipe(text, "test.yml"), tmp_path / "out")
+    assert report["l_think"] == {} and any("L_think was not measured" in w for w in report["warnings"])
+
+
+def test_bases_only_where_something_is_merged(make_recipe, tmp_path, monkeypatch):
+    """A merge of one module of one layer needs the bases of one site."""
+    from streammerge import sweep
+
+    built = []
+    plain = sweep.build_bases
+    monkeypatch.setattr(sweep, "build_bases", lambda capture, *a: built.append(set(capture.sites)) or plain(capture, *a))
+    merge(make_recipe(layers="1", modules=["down"]), tmp_path / "out")
+    assert built == [set(), {"mlp_mid"}, set()]
+
+
 def test_proxy_base(make_recipe, trio, sets, tmp_path):
     """Without a published base the LRM stands in for it: Δ = θ_I − θ_R, and λ = 1 with no basis gives the ITM."""
     import dataclasses

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError, listed
 from ..pipeline import merge
 from ..progress import Progress
 from ..recipe import Recipe, parse_recipe
@@ -82,6 +83,9 @@ def demo(
 
     Returns the results, and the seconds and null-space leaks that the table's last lines state.
     """
+    used = [str(out / v.slug) for v in VARIANTS if out and (out / v.slug).exists()]
+    if used:
+        raise InputError(listed("The demo's directories are there already:", used, "Choose a new --out."))
     rows, began = load_rows(DATA / f"{split}.jsonl"), time.perf_counter()
     heldout = json.loads((DATA / "heldout_reasoning.json").read_text())
     results = [_score("LRM", None, DATA / "lrm", rows, heldout), _score("ITM", None, DATA / "itm", rows, None)]

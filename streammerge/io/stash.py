@@ -1,8 +1,8 @@
 """Offloaded activations: the hidden states of a calibration stream between one layer and the next.
 
 Activations stay, weights stream: between two visits of the device a batch lives here, on the host, where it costs
-tokens x hidden x itemsize bytes (counted in `nbytes`). On a GPU the host copies are pinned, so that transfers can
-overlap; on the CPU nothing is copied at all.
+tokens x hidden x itemsize bytes (counted in `nbytes`). Not pinned: torch rounds every pinned block up to a power of
+two, which can double what the plan promises. On the CPU nothing is copied at all.
 """
 
 from __future__ import annotations
@@ -25,13 +25,7 @@ class Stash:
 
     def put(self, batch: int, hidden: Tensor) -> None:
         """Take hidden [samples, tokens, hidden] off the device."""
-        if hidden.device.type == "cpu":
-            self._held[batch] = hidden
-            return
-        held = self._held.get(batch)
-        if held is None or held.shape != hidden.shape:
-            held = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-        self._held[batch] = held.copy_(hidden)
+        self._held[batch] = hidden.cpu()
 
     def drop(self) -> None:
         """Forget every batch: the stream has been all the way up."""
@@ -39,4 +33,4 @@ class Stash:
 
     def fetch(self, batch: int) -> Tensor:
         """The batch's hidden states on the device."""
-        return self._held[batch].to(self.device, non_blocking=True)
+        return self._held[batch].to(self.device)
