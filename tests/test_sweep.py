@@ -144,9 +144,13 @@ def test_bases_only_where_something_is_merged(make_recipe, tmp_path, monkeypatch
     """A merge of one module of one layer needs the bases of one site."""
     from streammerge import sweep
 
-    built = []
-    plain = sweep.build_bases
-    monkeypatch.setattr(sweep, "build_bases", lambda capture, *a: built.append(set(capture.sites)) or plain(capture, *a))
+    built, plain = [], sweep.build_bases
+
+    def noting(capture, *rest):
+        built.append(set(capture.sites))
+        return plain(capture, *rest)
+
+    monkeypatch.setattr(sweep, "build_bases", noting)
     merge(make_recipe(layers="1", modules=["down"]), tmp_path / "out")
     assert built == [set(), {"mlp_mid"}, set()]
 
