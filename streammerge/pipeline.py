@@ -49,13 +49,13 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
     memory.reset_device_peak(where)
     with progress:
         plan = make_plan(recipe)
-        data = calibrate(plan, progress)
-        memory.give_back()  # the tokenizer's
-        dtype = compute_dtype(plan, where)
-        estimate = predict(plan, data, where, dtype)
-        model = StreamedModel(plan.lrm, plan.family, where, dtype)
         made = [p for p in (out, *out.parents) if not p.exists()]
-        with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size)) as writer:
+        with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size)) as writer:  # a bad OUT is told first
+            data = calibrate(plan, progress)
+            memory.give_back()  # the tokenizer's
+            dtype = compute_dtype(plan, where)
+            estimate = predict(plan, data, where, dtype)
+            model = StreamedModel(plan.lrm, plan.family, where, dtype)
             scratch = out / ".streammerge" / "bases"
             try:
                 streams = Streams.open(data, estimate.tokens_per_batch, where)
@@ -63,11 +63,7 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
                 swept = _sweep(run)
                 told = _describe(run, swept)
                 _refuse_unchanged(plan, told["totals"])
-                for name in plan.copied:
-                    if not name.startswith(plan.family.layers + "."):
-                        writer.copy(name, plan.lrm)
-                for source in side_files(plan.lrm.path):
-                    writer.add_file(source.name, source)
+                _copy_rest(plan, writer)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             with _undo_on_error(out, writer.files, made):
@@ -139,6 +135,15 @@ def _sweep(run: Run) -> float:
     sweep(run)
     run.progress.stop()
     return time.perf_counter() - began
+
+
+def _copy_rest(plan: Plan, writer: CheckpointWriter) -> None:
+    """The LRM's tensors outside the decoder layers, and its config, tokenizer, template and licence: byte copies."""
+    for name in plan.copied:
+        if not name.startswith(plan.family.layers + "."):
+            writer.copy(name, plan.lrm)
+    for source in side_files(plan.lrm.path):
+        writer.add_file(source.name, source)
 
 
 def _describe(run: Run, seconds: float) -> dict[str, Any]:
