@@ -30,11 +30,6 @@ class SiteBasis:
     energy: float
     count: int
 
-    @property
-    def rank_share(self) -> float:
-        """r / in: the share of the input space in which nothing may change."""
-        return self.u.shape[1] / self.u.shape[0]
-
 
 @dataclass(frozen=True)
 class LayerBases:
