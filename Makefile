@@ -21,6 +21,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready-test lint
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton_lane
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
