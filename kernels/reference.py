@@ -21,13 +21,20 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def gram_update(cov: Tensor, x: Tensor) -> Tensor:
-    """C += XᵀX in place, for the covariance of Ω_think features (method.md, section 2).
+def gram_update(cov: Tensor, x: Tensor, index: Tensor | None = None) -> Tensor:
+    """C += X[index]ᵀ X[index] in place, for the covariance of Ω_think features (method.md, section 2).
 
-    cov [d, d] fp32 or fp64, symmetric; x [N, d] of any float dtype. Holds one upcast copy of x.
+    cov [d, d] fp32 or fp64, symmetric; x [N, d] of any float dtype; index [n] int64 chooses rows (None: all). Returns
+    cov. Holds one upcast copy of the chosen rows.
     """
-    x = x.to(cov.dtype)
+    x = (x if index is None else x[index]).to(cov.dtype)
     return cov.addmm_(x.T, x)
+
+
+def row_gram(x: Tensor, index: Tensor | None = None) -> Tensor:
+    """X[index] X[index]ᵀ [n, n]: inner products of feature rows; arguments as above. Holds one upcast copy of them."""
+    x = _wide(x if index is None else x[index])
+    return x @ x.T
 
 
 def project(
