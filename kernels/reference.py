@@ -8,17 +8,25 @@ holds in memory beyond its arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 1 << 22  # 16 MiB of fp32: what a chunked loop below holds at a time
+_PROJECT_ELEMENTS = 1 << 20  # the same for `project` on a CPU
+_CHECKED_ROWS = 256  # rows a block whose leak is measured
 _CACHE_ELEMENTS = 1 << 18  # 1 MiB: on a CPU, row scoring is bound by memory unless a chunk stays in the cache
 
 
 def _wide(x: Tensor) -> Tensor:
     """fp32 at least: half-precision inputs are upcast, fp64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _widest(*inputs: Tensor) -> torch.dtype:
+    """What several inputs are computed in: fp32, or fp64 where one of them is."""
+    return torch.float64 if torch.float64 in {x.dtype for x in inputs} else torch.float32
 
 
 def gram_update(cov: Tensor, x: Tensor, index: Tensor | None = None) -> Tensor:
@@ -37,6 +45,25 @@ def row_gram(x: Tensor, index: Tensor | None = None) -> Tensor:
     return x @ x.T
 
 
+class ProjectNorms(NamedTuple):
+    """What `project` measures on the way, as squares of Frobenius norms and counts; field order is the tensor's order.
+
+    `leak`, `written` and `sampled` are checks: they see at most 256 evenly spaced rows of each block, and only the
+    ratios leak / sampled and written / sampled mean something.
+    """
+
+    delta: float  # ‖Δ‖²
+    lost: float  # ‖Δ U‖²
+    applied: float  # ‖Δ⊥_α‖², before λ
+    inside: float  # ‖D Δ D U‖²
+    weight: float  # ‖W_R‖²
+    sampled: float  # ‖D Δ D U‖² of the sampled rows
+    leak: float  # ‖Δ⊥_α U‖² of the sampled rows, before W_R is added and rounded
+    written: float  # ‖(W* − W_R) U‖² of the sampled rows, W* as written
+    changed: float  # elements of W* that differ from W_R rounded to the same dtype
+    bad: float  # elements of W* that are not finite
+
+
 def project(
     lrm: Tensor,
     itm: Tensor,
@@ -45,93 +72,141 @@ def project(
     rows: Tensor,
     cols: Tensor,
     lam: float,
-    chunk_elements: int = _CHUNK_ELEMENTS,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """W* = W_R + λ (D_row (W_I − W_B) D_col)(I − U Uᵀ), scale first, then project (Eq. 8 with Eq. 16).
 
-    lrm, itm, base [out, in]; blocks: B orthonormal bases [in, r_b], one for each of B equal row blocks of the weight
-    (B = 1 for all modules but v_proj; B = 0 projects nothing); rows [out] and cols [in] are the diagonals of D.
-    Returns (W* in fp32, or in fp64 where a model is, not yet rounded; norms [5] in fp64: the squares of ‖Δ‖, ‖Δ U‖,
-    ‖Δ⊥_α‖, ‖D Δ D U‖, ‖Δ⊥_α U‖).
-    Holds W* and a few chunks of rows.
+    lrm, itm, base [out, in], of any float dtypes and strides; blocks: B orthonormal bases [in, r_b], one for each of B
+    equal row blocks of the weight (B = 1 for all modules but v_proj; B = 0 projects nothing); rows [out] and cols [in]
+    are the diagonals of D. Returns (W* [out, in] in `dtype`, rounded once; the fields of `ProjectNorms` in fp64).
+    D_row commutes with the projection and comes last; without D_col one product serves ‖Δ U‖ and the projection.
+    Holds W* in `dtype`, the bases in fp32, and a few chunks of rows.
     """
-    out, width = lrm.shape
-    per_block = out // max(1, len(blocks))
-    step = max(1, min(per_block, chunk_elements // max(1, width)))
-    dtype = torch.float64 if torch.float64 in (lrm.dtype, itm.dtype, base.dtype) else torch.float32
+    wide = torch.float64 if torch.float64 in (lrm.dtype, itm.dtype, base.dtype) else torch.float32
     merged = torch.empty(lrm.shape, dtype=dtype, device=lrm.device)
-    norms = torch.zeros(5, dtype=torch.float64, device=lrm.device)
-    for start, stop, basis in _row_chunks(out, step, [b.to(dtype) for b in blocks]):
-        delta = itm[start:stop].to(dtype) - base[start:stop].to(dtype)
-        norms[0] += delta.square().sum(dtype=torch.float64)
-        if basis is not None and basis.shape[1]:
-            norms[1] += (delta @ basis).square().sum(dtype=torch.float64)
-        delta *= rows[start:stop, None]
-        delta *= cols
-        if basis is not None and basis.shape[1]:
-            inside = delta @ basis
-            delta -= inside @ basis.T
-            norms[3] += inside.square().sum(dtype=torch.float64)
-            norms[4] += (delta @ basis).square().sum(dtype=torch.float64)
-        norms[2] += delta.square().sum(dtype=torch.float64)
-        merged[start:stop] = torch.add(lrm[start:stop].to(dtype), delta, alpha=lam)
+    norms = torch.zeros(len(ProjectNorms._fields), dtype=torch.float64, device=lrm.device)
+    rows, cols = rows.to(wide), None if bool((cols == 1).all()) else cols.to(wide)
+    for part, check, basis in _row_chunks(lrm, [b.to(wide) for b in blocks]):
+        three = (w[part].to(wide) for w in (lrm, itm, base))
+        norms += _project_rows(merged[part], *three, basis, rows[part], cols, lam, check)
     return merged, norms
 
 
-def _row_chunks(out: int, step: int, blocks: Sequence[Tensor]):
-    """(start, stop, basis) over all rows; no chunk crosses a block."""
-    if not blocks:
-        yield from ((start, min(start + step, out), None) for start in range(0, out, step))
-        return
-    height = out // len(blocks)
-    for b, basis in enumerate(blocks):
-        for start in range(b * height, (b + 1) * height, step):
-            yield start, min(start + step, (b + 1) * height), basis
+def _project_rows(
+    merged: Tensor,
+    lrm: Tensor,
+    itm: Tensor,
+    base: Tensor,
+    basis: Tensor | None,
+    rows: Tensor,
+    cols: Tensor | None,
+    lam: float,
+    check: slice,
+) -> Tensor:
+    """One chunk of `project`, written to `merged`; `check` chooses the rows whose leak is measured."""
+    told = dict.fromkeys(ProjectNorms._fields, torch.zeros((), dtype=torch.float64, device=merged.device))
+    scale, kept = rows.double().square(), itm - base
+    told["weight"], told["delta"] = _squares(lrm).sum(), _squares(kept).sum()
+    if basis is not None:
+        if cols is not None:
+            told["lost"] = _squares(kept @ basis).sum()
+            kept *= cols
+        product = kept @ basis
+        inside = _squares(product)
+        told["lost"] = inside.sum() if cols is None else told["lost"]
+        told["inside"], told["sampled"] = scale @ inside, scale[check] @ inside[check]
+        kept.addmm_(product, basis.T, alpha=-1)
+        told["leak"] = scale[check] @ _squares(kept[check] @ basis)
+    elif cols is not None:
+        kept *= cols
+    told["applied"] = scale @ _squares(kept)
+    merged.copy_(torch.addcmul(lrm, kept, rows[:, None], value=lam))
+    if basis is not None:
+        told["written"] = _squares((merged[check].to(lrm.dtype) - lrm[check]) @ basis).sum()
+    told["changed"] = (merged != lrm.to(merged.dtype)).sum()
+    told["bad"] = merged.numel() - merged.isfinite().sum()
+    return torch.stack([told[name].double() for name in ProjectNorms._fields])
 
 
-def span_mass(q: Tensor, k: Tensor, at: Tensor, spans: Tensor, scaling: float, window: int | None = None) -> Tensor:
-    """Σ_τ softmax(q kᵀ)[t, τ] spans[τ, :] for chosen rows t: attention with the value replaced (Eqs. 9 and 10).
+def _squares(x: Tensor) -> Tensor:
+    """‖x_i‖² of every row, in fp64: a row is summed in the dtype of x, rows add up in fp64."""
+    return torch.linalg.vector_norm(x, dim=1).double().square()
 
-    q [H, n, D]: queries of the chosen rows, after rotary embedding; k [K, T, D]: keys of the whole sample; at [n]: the
-    rows' positions, ascending; spans [T, m]: a column a span, its indicator or any other weights. Query head h reads
-    key head h // (H / K). A window keeps the last `window` positions, the row's own included. Returns [H, n, m] fp32.
+
+def _row_chunks(weight: Tensor, blocks: Sequence[Tensor]):
+    """(rows, those of them whose leak is measured, basis) over all rows; no chunk crosses a block."""
+    out, width = weight.shape
+    height = out // max(1, len(blocks))
+    every = max(1, -(-height // _CHECKED_ROWS))
+    step = max(1, (_CHUNK_ELEMENTS if weight.is_cuda else _PROJECT_ELEMENTS) // max(1, width))
+    for b, basis in enumerate(blocks or [None]):
+        basis = basis if basis is not None and basis.shape[1] else None
+        for start in range(0, height, step):
+            stop = min(start + step, height)
+            yield slice(b * height + start, b * height + stop), slice(-start % every, None, every), basis
+
+
+def span_mass(
+    q: Tensor, k: Tensor, sample: Tensor, at: Tensor, spans: Tensor, scaling: float, window: int | None = None
+) -> Tensor:
+    """Σ_τ softmax(q kᵀ)[t, τ] spans[τ, :] for chosen rows of a batch: attention, the value replaced (Eqs. 9 and 10).
+
+    q [B, H, T, D] and k [B, K, T, D], after rotary embedding, of any strides; row i of the result is position at[i] of
+    sample sample[i] (both [n] int64; samples ascend, and positions inside a sample); spans [B, T, m]: a column a span,
+    its indicator or any other weights. Query head h reads key head h // (H / K). A row sees its own sample up to
+    itself, so padding on the right needs no mask; a window keeps the last `window` positions, the row's own included.
+    Returns [n, H, m] fp32 (fp64 where an input is).
     Scores one chunk of rows at a time against the columns that causality leaves them: never [H, T, T].
     """
-    values = _wide(spans)
-    values = torch.cat([values, values.new_ones(len(values), 1)], dim=1)  # the last column sums up the denominator
-    keys = _wide(k).transpose(1, 2)  # [K, D, T]
-    budget = _CHUNK_ELEMENTS if q.is_cuda else _CACHE_ELEMENTS
-    step = max(1, budget // max(1, q.shape[0] * k.shape[1]))
+    dtype = _widest(q, k, spans)
+    masses = torch.empty(len(at), q.shape[1], spans.shape[-1], dtype=dtype, device=q.device)
+    start = 0
+    for b, count in enumerate(torch.bincount(sample, minlength=len(q)).tolist()):
+        mine, start = slice(start, start + count), start + count
+        values = spans[b].to(dtype)
+        for rows, heads, seen, shares in _attention(q[b], k[b], at[mine], scaling, window, dtype):
+            masses[mine][rows, heads] = (shares @ values[seen]).transpose(0, 1)
+    return masses
+
+
+def _attention(q: Tensor, k: Tensor, at: Tensor, scaling: float, window: int | None, dtype: torch.dtype):
+    """softmax(q kᵀ) of one sample at ascending positions, in chunks of rows and heads.
+
+    Yields (rows, query heads, columns, shares [heads, rows, columns]), the first three as slices.
+    """
     positions = at.tolist()
-    parts = [
-        _masses(q[:, i : i + step], keys, at[i : i + step], positions[i : i + step], values, scaling, window)
-        for i in range(0, len(positions), step)
-    ]
-    return torch.cat(parts, dim=1) if parts else values.new_zeros(q.shape[0], 0, spans.shape[1])
-
-
-def _masses(
-    q: Tensor, keys: Tensor, at: Tensor, positions: list[int], values: Tensor, scaling: float, window: int | None
-) -> Tensor:
-    """One chunk of `span_mass`: rows at ascending positions, given on the device and as numbers."""
-    heads, n, dim = q.shape
-    first = 0 if window is None else max(0, positions[0] - window + 1)
-    stop = positions[-1] + 1
-    groups = (_wide(q) * scaling).reshape(keys.shape[0], -1, dim)  # [K, (H/K) n, D]
-    scores = (groups @ keys[:, :, first:stop]).view(heads, n, stop - first)
-    columns = torch.arange(first, stop, device=q.device)
-    hidden = columns > at[:, None]
-    if window is not None:
-        hidden |= columns <= at[:, None] - window
-    scores.masked_fill_(hidden, float("-inf"))
-    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-    mixed = scores @ values[first:stop]
-    return mixed[..., :-1] / mixed[..., -1:]
+    if not positions:
+        return
+    group, n, last = len(q) // len(k), len(positions), positions[-1] + 1
+    width = last if window is None else min(last, last - 1 - positions[0] + window)
+    chunk = max(1, (_CHUNK_ELEMENTS if q.is_cuda else _CACHE_ELEMENTS) // (group * width))
+    some, step = max(1, chunk // n), min(chunk, n)  # key heads, rows: heads last, few rows make a slow product
+    for head in range(0, len(k), some):
+        keys = k[head : head + some, :last].to(dtype)
+        heads = slice(head * group, (head + len(keys)) * group)
+        for i in range(0, n, step):
+            rows = at[i : i + step]
+            first = 0 if window is None else max(0, positions[i] - window + 1)
+            seen = slice(first, positions[min(i + step, n) - 1] + 1)
+            wanted = (q[heads, rows].to(dtype) * scaling).view(len(keys), -1, q.shape[-1])
+            scores = (wanted @ keys[:, seen].mT).view(-1, len(rows), seen.stop - first)
+            columns = torch.arange(first, seen.stop, device=q.device)
+            hidden = columns > rows[:, None]
+            if window is not None:
+                hidden |= columns <= rows[:, None] - window
+            yield slice(i, i + step), heads, seen, scores.masked_fill_(hidden, float("-inf")).softmax(-1)
 
 
 def attended_inputs(q: Tensor, k: Tensor, at: Tensor, x: Tensor, scaling: float, window: int | None = None) -> Tensor:
-    """A_h[t] X: the attention-averaged inputs of v_proj at chosen rows (findings.md, 3).
+    """A_h[t] X: the attention-averaged inputs of v_proj at chosen rows of one sample (findings.md, 3).
 
-    As `span_mass` with the inputs x [T, d] in place of the spans. Returns [H, n, d] fp32.
+    q [H, T, D], k [K, T, D], at [n] as in `span_mass`; x [T, d]. Returns [H, n, d] fp32 (fp64 where an input is).
+    Two library products a chunk and no Triton kernel: the value is as wide as the model, and a kernel that keeps the
+    shares in registers would score every row once more for each tile of d.
     """
-    return span_mass(q, k, at, x, scaling, window)
+    dtype = _widest(q, k, x)
+    x = x.to(dtype)
+    mixed = torch.empty(len(q), len(at), x.shape[1], dtype=dtype, device=x.device)
+    for rows, heads, seen, shares in _attention(q, k, at, scaling, window, dtype):
+        mixed[heads, rows] = shares @ x[seen]
+    return mixed

@@ -3,7 +3,7 @@
 W* = W_R + λ (D_row (W_I − W_B) D_col)(I − U Uᵀ). α of a head scales row blocks in q, k and v and *column* blocks in
 o; scaling comes before projecting, so that the null space is kept exactly for every module (method.md, section 2).
 
-Memory on the device: one tensor of each input model, W* in fp32, and the rounded result.
+Memory on the device: one tensor of each input model, W* in the dtype it is written in, and a few chunks of rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from .arch import HeadLayout
 from .bases import SiteBasis
 from .kernels import project
+from .kernels.reference import ProjectNorms
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class LayerAlpha:
 
 @dataclass(frozen=True)
 class Composed:
-    """What became of one tensor. Norms are Frobenius; `leak` compares ‖·U‖ with ‖D Δ D U‖ before and after rounding."""
+    """What became of one tensor. Norms are Frobenius.
+
+    The leaks compare ‖·U‖ with ‖D Δ D U‖ before and after rounding, over at most 256 evenly spaced rows of each block.
+    """
 
     delta: float  # ‖Δ‖
     kept: float  # ‖Δ⊥‖ at α = 1
@@ -78,32 +82,21 @@ def compose(
 ) -> tuple[Tensor, Composed]:
     """Merge one weight [out, in]; returns it rounded to `dtype`, on the device of `lrm`, and what happened."""
     rows, cols = (s.to(lrm.device) for s in scales(module, alpha, layout, lrm.shape))
-    blocks = [b.u for b in bases]
-    wide, norms = project(lrm, itm, base, blocks, rows, cols, lam)
-    merged = wide.to(dtype)
-    delta, lost, applied, inside, left = norms.sqrt().tolist()
+    merged, measured = project(lrm, itm, base, [b.u for b in bases], rows, cols, lam, dtype)
+    norms = ProjectNorms(*measured.tolist())  # the only time that the device is waited for
+    leak, written = ((x / norms.sampled) ** 0.5 if norms.sampled else 0.0 for x in (norms.leak, norms.written))
     return merged, Composed(
-        delta=delta,
-        kept=max(0.0, delta**2 - lost**2) ** 0.5,
-        applied=abs(lam) * applied,
-        weight=float(torch.linalg.vector_norm(lrm.float())),
-        inside=inside,
-        leak=left / inside if inside else 0.0,
-        written_leak=_written_leak(merged, lrm, blocks) / (abs(lam) * inside) if inside and lam else 0.0,
-        changed=int((merged != lrm.to(dtype)).sum()),
+        delta=norms.delta**0.5,
+        kept=max(0.0, norms.delta - norms.lost) ** 0.5,
+        applied=abs(lam) * norms.applied**0.5,
+        weight=norms.weight**0.5,
+        inside=norms.inside**0.5,
+        leak=leak,
+        written_leak=written / abs(lam) if lam else 0.0,
+        changed=int(norms.changed),
         rank=max((b.u.shape[1] for b in bases), default=0),
         width=lrm.shape[1],
         energy=min((b.energy for b in bases), default=0.0),
         rows=max((b.count for b in bases), default=0),
-        finite=bool(torch.isfinite(merged).all()),
+        finite=not norms.bad,
     )
-
-
-def _written_leak(merged: Tensor, lrm: Tensor, blocks: list[Tensor]) -> float:
-    """‖(W* − W_R) U‖ of the tensors as written: rounding leaks by itself (findings.md, 8)."""
-    if not blocks:
-        return 0.0
-    total = torch.zeros((), dtype=torch.float64, device=merged.device)
-    for new, old, basis in zip(merged.chunk(len(blocks)), lrm.chunk(len(blocks)), blocks, strict=True):
-        total += ((new.float() - old.float()) @ basis).square().sum(dtype=torch.float64)
-    return float(total.sqrt())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from streammerge.kernels import attended_inputs, gram_update, project, span_mass
 from streammerge.kernels import reference as kernels
+from streammerge.kernels.reference import ProjectNorms
 
 # Relative Frobenius error against float64 on the *same* (already rounded) inputs: arithmetic is fp32 for all of them.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
@@ -75,38 +76,63 @@ def weights(out: int, width: int, dtype=torch.float32):
     (1, 1, 1, 1), (1, 41, 3, 1), (41, 1, 0, 1), (123, 41, 40, 1), (41, 123, 5, 1), (123, 123, 41, 1),
     (123, 41, 7, 3), (4, 41, 7, 4), (41, 123, 5, 0),
 ])  # fmt: skip
-def test_project(out, width, rank, blocks, dtype):
+def test_project(monkeypatch, out, width, rank, blocks, dtype):
     lrm, itm, base = weights(out, width, dtype)
     bases = [basis(width, rank, seed=10 + b) for b in range(blocks)]
     rows, cols = torch.rand(out) + 0.5, torch.rand(width) + 0.5
-    wanted = projected(lrm, itm, base, bases, rows, cols, 0.7)
-    for chunk in (1, 5 * width, 1 << 22):  # one row at a time, odd chunks, all at once
-        merged, _ = project(lrm, itm, base, bases, rows, cols, 0.7, chunk_elements=chunk)
-        assert merged.dtype == torch.float32
+    for given in (cols, torch.ones(width)):  # without D_col one product serves two
+        wanted = projected(lrm, itm, base, bases, rows, given, 0.7)
+        for chunk in (1, 5 * width, 1 << 22):  # one row at a time, odd chunks, all at once
+            monkeypatch.setattr(kernels, "_PROJECT_ELEMENTS", chunk)
+            merged, _ = project(lrm, itm, base, bases, rows, given, 0.7, torch.float32)
+            assert merged.dtype == torch.float32
+            close(merged, wanted, dtype)
+        merged, _ = project(*map(strided, (lrm, itm, base)), list(map(strided, bases)), rows, given, 0.7, torch.float32)
         close(merged, wanted, dtype)
-    merged, _ = project(strided(lrm), strided(itm), strided(base), [strided(b) for b in bases], rows, cols, 0.7)
-    close(merged, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_project_rounds_once(dtype):
+    """W* in a narrow dtype is W* in fp32, rounded: never a sum in the narrow dtype, never two roundings."""
+    call = (*weights(123, 41, torch.bfloat16), [basis(41, 7)], torch.rand(123), torch.rand(41), 0.7)
+    wide, _ = project(*call, torch.float32)
+    narrow, _ = project(*call, dtype)
+    assert narrow.dtype == dtype and torch.equal(narrow, wide.to(dtype))
+
+
+@pytest.mark.parametrize("double", [0, 1, 2])
+def test_project_computes_in_float64_where_a_model_is(double):
+    three = weights(41, 123)
+    three[double] = three[double].double()
+    u, rows, cols = torch.linalg.qr(randn(123, 9).double())[0], torch.rand(41), torch.rand(123)
+    merged, norms = project(*three, [u], rows, cols, 0.7, torch.float64)
+    close(merged, projected(*three, [u], rows, cols, 0.7), torch.float64)
+    close(norms, measured(*three, [u], rows, cols, 0.7, merged), torch.float64)
 
 
 def test_project_leaves_its_inputs_alone():
     lrm, itm, base = weights(41, 41)
     kept = [w.clone() for w in (lrm, itm, base)]
-    project(lrm, itm, base, [basis(41, 3)], torch.ones(41) * 2, torch.ones(41), 1.0)
+    for cols in (torch.ones(41), torch.rand(41)):
+        project(lrm, itm, base, [basis(41, 3)], torch.ones(41) * 2, cols, 1.0, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(kept, (lrm, itm, base), strict=True))
 
 
 @pytest.mark.parametrize("blocks", [[], [torch.zeros(41, 0)], [torch.zeros(41, 0)] * 3])
 def test_rank_zero_gives_the_whole_delta(blocks):
     lrm, itm, base = weights(123, 41)
-    merged, norms = project(lrm, itm, base, blocks, torch.ones(123), torch.ones(41), 0.5)
+    merged, told = project(lrm, itm, base, blocks, torch.ones(123), torch.ones(41), 0.5, torch.float32)
+    norms = ProjectNorms(*told.tolist())
     assert torch.equal(merged, lrm + 0.5 * (itm - base))
-    assert norms[0] == norms[2] and norms[1] == norms[3] == norms[4] == 0
+    assert norms.delta == norms.applied > 0
+    assert norms.lost == norms.inside == norms.sampled == norms.leak == norms.written == 0
 
 
 def test_full_rank_protects_everything():
     lrm, itm, base = weights(123, 41)
-    merged, norms = project(lrm, itm, base, [basis(41, 41)], torch.ones(123), torch.ones(41), 1.0)
-    assert float(norms[2]) < 1e-10 * float(norms[0])
+    merged, told = project(lrm, itm, base, [basis(41, 41)], torch.ones(123), torch.ones(41), 1.0, torch.float32)
+    norms = ProjectNorms(*told.tolist())
+    assert norms.applied < 1e-10 * norms.delta
     close(merged, lrm, torch.float32)
 
 
@@ -115,29 +141,63 @@ def test_projecting_twice_changes_nothing(blocks):
     lrm, itm, base = weights(123, 41)
     bases = [basis(41, 9, seed=b) for b in range(blocks)]
     ones, zero = (torch.ones(123), torch.ones(41)), torch.zeros(123, 41)
-    once, _ = project(zero, itm, base, bases, *ones, 1.0)
-    twice, norms = project(zero, once, zero, bases, *ones, 1.0)
+    once, _ = project(zero, itm, base, bases, *ones, 1.0, torch.float32)
+    twice, told = project(zero, once, zero, bases, *ones, 1.0, torch.float32)
+    norms = ProjectNorms(*told.tolist())
     close(twice, once, torch.float32)
-    assert float(norms[1] / norms[0]) < 1e-11
+    assert norms.lost / norms.delta < 1e-11
 
 
-def test_norms():
-    lrm, itm, base = weights(123, 41)
-    u, rows, cols = basis(41, 9), torch.rand(123), torch.rand(41)
-    _, norms = project(lrm, itm, base, [u], rows, cols, 3.0)
+def measured(lrm, itm, base, bases, rows, cols, lam, merged):
+    """Every field of ProjectNorms in float64, with D_row and D_col first; `merged` is W* as it was written."""
     delta = itm.double() - base.double()
-    scaled, wide = rows.double()[:, None] * delta * cols.double(), u.double()
-    kept = scaled - scaled @ wide @ wide.T
-    wanted = [x.square().sum() for x in (delta, delta @ wide, kept, scaled @ wide)]
-    torch.testing.assert_close(norms[:4], torch.stack(wanted), rtol=1e-5, atol=0)
-    assert float(norms[4]) <= 1e-10 * float(norms[3])
+    scaled = rows.double()[:, None] * delta * cols.double()
+    wide = lrm.double()
+    kept = projected(torch.zeros_like(wide), itm, base, bases, rows, cols, 1.0).chunk(max(1, len(bases)))
+    lost = inside = sampled = leak = written = torch.zeros((), dtype=torch.float64)
+    for b, u in enumerate(u.double() for u in bases):
+        d, s, w, new = (x.chunk(len(bases))[b] for x in (delta, scaled, wide, merged.double()))
+        some = slice(None, None, -(-len(d) // 256))
+        lost, inside = lost + (d @ u).square().sum(), inside + (s @ u).square().sum()
+        sampled, leak = sampled + (s[some] @ u).square().sum(), leak + (kept[b][some] @ u).square().sum()
+        written = written + ((new - w)[some] @ u).square().sum()
+    applied = torch.cat(kept).square().sum()
+    changed, bad = (merged != lrm.to(merged.dtype)).sum(), (~merged.isfinite()).sum()
+    return torch.stack([
+        delta.square().sum(), lost, applied, inside, wide.square().sum(), sampled, leak, written,
+        changed.double(), bad.double(),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [41, 1000, 1 << 20])
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_norms(monkeypatch, scaled, blocks, chunk, dtype):
+    """1539 rows: of one block every seventh is checked for leaks, of three every third."""
+    monkeypatch.setattr(kernels, "_PROJECT_ELEMENTS", chunk)
+    three = weights(1539, 41)
+    three[0][5, 5] = float("inf")
+    bases = [basis(41, 9 + b, seed=b) for b in range(blocks)]
+    call = (*three, bases, torch.rand(1539), torch.rand(41) if scaled else torch.ones(41), 3.0)
+    merged, told = project(*call, dtype)
+    found, wanted = ProjectNorms(*told.tolist()), ProjectNorms(*measured(*call, merged).tolist())
+    assert found.bad == wanted.bad == 1 and found.changed == wanted.changed > 0
+    for name in ("delta", "lost", "applied", "inside", "sampled"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-5), name
+    assert found.leak <= 1e-10 * found.sampled
+    three[0][5, 5] = 0
+    merged, told = project(*call, dtype)
+    found, wanted = ProjectNorms(*told.tolist()), ProjectNorms(*measured(*call, merged).tolist())
+    assert found.bad == 0 and found.weight == pytest.approx(wanted.weight, rel=1e-5)
+    assert found.written == pytest.approx(wanted.written, rel=1e-4, abs=1e-9)
 
 
 def test_each_row_block_has_its_own_basis():
     """v_proj: block b of the rows is protected in the span of basis b, and of no other."""
     lrm, itm, base = weights(12, 41)
     bases = [basis(41, 9, seed=b) for b in range(3)]
-    merged, _ = project(torch.zeros(12, 41), itm, base, bases, torch.ones(12), torch.ones(41), 1.0)
+    merged, _ = project(torch.zeros(12, 41), itm, base, bases, torch.ones(12), torch.ones(41), 1.0, torch.float32)
     for b, rows in enumerate(merged.chunk(3)):
         for other, u in enumerate(bases):
             leak = float((rows @ u).norm() / rows.norm())
@@ -149,8 +209,8 @@ def test_scale_then_project_keeps_the_null_space_and_the_other_order_does_not():
     lrm, itm, base = weights(41, 123)
     u, alpha = basis(123, 20), torch.rand(3).repeat_interleave(41) * 2
     features = randn(50, 20, seed=5) @ u.T
-    merged, _ = project(lrm, itm, base, [u], torch.ones(41), alpha, 1.0)
-    unscaled, _ = project(torch.zeros_like(lrm), itm, base, [u], torch.ones(41), torch.ones(123), 1.0)
+    merged, _ = project(lrm, itm, base, [u], torch.ones(41), alpha, 1.0, torch.float32)
+    unscaled, _ = project(torch.zeros_like(lrm), itm, base, [u], torch.ones(41), torch.ones(123), 1.0, torch.float32)
     other_order = unscaled * alpha
     outputs = ((itm - base) @ features.T).norm()
     assert float(((merged - lrm) @ features.T).norm() / outputs) < 1e-5
