@@ -31,13 +31,31 @@ class LayerMass:
     leakage: Tensor
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a batch asks of every layer: n rows to score against m spans a sample, and how to average their masses."""
+
+    sample: Tensor  # [n] the row's place in the batch
+    at: Tensor  # [n] its position
+    spans: Tensor  # [B, T, m] 1 / |I| at each instruction's columns
+    shares: Tensor  # [2, n, m] fp64: 1 / |R|, then 1 / |U|, where the row is one of instruction m's
+    counts: tuple[int, int]  # instructions with rows in R, and in U
+
+
 class AttentionMass:
-    """An observer that sums alignment and leakage over the instructions of a calibration stream."""
+    """An observer that sums alignment and leakage over the instructions of a calibration stream, a layer at a time.
+
+    What a batch wants is found when it first passes and then kept on its device: one observer serves all layers.
+    """
 
     def __init__(self, samples: Sequence[InstructionSample], batches: Sequence[Batch], heads: int, rows: str):
-        self._samples, self._batches = samples, batches
+        self._samples, self._batches, self._heads = samples, batches, heads
         self._shift = 1 if rows == "predicting" else 0
-        self._sums = torch.zeros(2, heads, dtype=torch.float64)
+        self._wanted: dict[int, _Wanted] = {}
+        self._start()
+
+    def _start(self) -> None:
+        self._sums = torch.zeros(2, self._heads, dtype=torch.float64)
         self._counts = [0, 0]
 
     def on_input(self, batch: int, site: str, x: Tensor) -> None:
@@ -45,32 +63,43 @@ class AttentionMass:
 
     def on_attention(self, batch: int, call: AttentionInputs) -> None:
         """Score the rows that matter in every sample of the batch."""
-        held = self._batches[batch]
-        for row, sample in enumerate(held.samples):
-            length = held.lengths[row]
-            self._score(self._samples[sample], call.q[row], call.k[row][:, :length], call)
-
-    def _score(self, sample: InstructionSample, q: Tensor, k: Tensor, call: AttentionInputs) -> None:
-        wanted = [(i.aligned, i.unrelated) for i in sample.instructions]
-        rows = sorted({t - self._shift for pair in wanted for tokens in pair for t in tokens if t >= self._shift})
-        if not rows:
-            return
-        where = {t + self._shift: n for n, t in enumerate(rows)}
-        spans = torch.zeros(k.shape[1], len(wanted))
-        for m, instruction in enumerate(sample.instructions):
-            spans[list(instruction.columns), m] = 1.0 / len(instruction.columns)
-        at = torch.tensor(rows, device=q.device)
-        mass = span_mass(q[:, rows], k, at, spans.to(q.device), call.scaling, call.window).double().cpu()
-        for m, pair in enumerate(wanted):
-            for kind, tokens in enumerate(pair):
-                picked = [where[t] for t in tokens if t in where]
-                if picked:
-                    self._sums[kind] += mass[:, picked, m].mean(1)
-                    self._counts[kind] += 1
+        if batch not in self._wanted:
+            self._wanted[batch] = _wanted(self._samples, self._batches[batch], self._shift, call.q.device)
+        wanted = self._wanted[batch]
+        mass = span_mass(call.q, call.k, wanted.sample, wanted.at, wanted.spans, call.scaling, call.window)
+        sums = torch.einsum("snm,nhm->sh", wanted.shares, mass.double())
+        self._sums = self._sums.to(sums.device) + sums
+        self._counts = [a + b for a, b in zip(self._counts, wanted.counts, strict=True)]
 
     def result(self) -> LayerMass:
-        """The means over instructions. InputError where attention was not finite: α would be 1, or NaN, unnoticed."""
-        if not torch.isfinite(self._sums).all():
+        """The means over instructions since the last result, so a layer's.
+
+        InputError where attention was not finite: α would be 1, or NaN, unnoticed.
+        """
+        sums, counts = self._sums.cpu(), self._counts
+        self._start()
+        if not torch.isfinite(sums).all():
             raise overflow("the attention masses of the instruction samples")
-        a, u = (total / max(1, n) for total, n in zip(self._sums, self._counts, strict=True))
+        a, u = (total / max(1, n) for total, n in zip(sums, counts, strict=True))
         return LayerMass(a, u)
+
+
+def _wanted(samples: Sequence[InstructionSample], batch: Batch, shift: int, device: torch.device) -> _Wanted:
+    held = [samples[s].instructions for s in batch.samples]
+    spans = torch.zeros(*batch.ids.shape, max(map(len, held)))
+    entries: list[tuple[tuple[int, int], int, int, float]] = []  # (sample, position), R or U, instruction, share
+    counts = [0, 0]
+    for b, instructions in enumerate(held):
+        for m, instruction in enumerate(instructions):
+            spans[b, list(instruction.columns), m] = 1 / len(instruction.columns)
+            for kind, tokens in enumerate((instruction.aligned, instruction.unrelated)):
+                rows = [t - shift for t in tokens if t >= shift]
+                counts[kind] += bool(rows)
+                entries += [((b, t), kind, m, 1 / len(rows)) for t in rows]
+    rows = sorted({row for row, *_ in entries})
+    where = {row: n for n, row in enumerate(rows)}
+    shares = torch.zeros(2, len(rows), spans.shape[2], dtype=torch.float64)
+    for row, kind, m, share in entries:
+        shares[kind, where[row], m] = share
+    sample, at = torch.tensor(rows, dtype=torch.long).view(-1, 2).T.contiguous().to(device)
+    return _Wanted(sample, at, spans.to(device), shares.to(device), (counts[0], counts[1]))

@@ -96,9 +96,8 @@ class FeatureCapture:
             return
         for row, length, at in self._omega(batch):
             positions = torch.tensor(at, device=call.q.device)
-            x = self._attn_in[row, :length].float()
-            q, k = call.q[row][:, at], call.k[row][:, :length]
-            mixed = attended_inputs(q, k, positions, x, call.scaling, call.window)
+            x = self._attn_in[row, :length]
+            mixed = attended_inputs(call.q[row], call.k[row], positions, x, call.scaling, call.window)
             for head, features in enumerate(self.values):
                 mine = mixed[head * self._layout.group : (head + 1) * self._layout.group]
                 features.add(mine.flatten(0, 1))

@@ -71,6 +71,12 @@ def weights(out: int, width: int, dtype=torch.float32):
     return [randn(out, width, seed=n, dtype=dtype) for n in (1, 2, 3)]
 
 
+def chunks_of(monkeypatch, elements: int) -> None:
+    """`project` takes chunks of as many rows as have so many elements, down to one."""
+    monkeypatch.setattr(kernels, "_PROJECT_ELEMENTS", elements)
+    monkeypatch.setattr(kernels, "_PROJECT_ROWS", 1)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("out, width, rank, blocks", [
     (1, 1, 1, 1), (1, 41, 3, 1), (41, 1, 0, 1), (123, 41, 40, 1), (41, 123, 5, 1), (123, 123, 41, 1),
@@ -83,7 +89,7 @@ def test_project(monkeypatch, out, width, rank, blocks, dtype):
     for given in (cols, torch.ones(width)):  # without D_col one product serves two
         wanted = projected(lrm, itm, base, bases, rows, given, 0.7)
         for chunk in (1, 5 * width, 1 << 22):  # one row at a time, odd chunks, all at once
-            monkeypatch.setattr(kernels, "_PROJECT_ELEMENTS", chunk)
+            chunks_of(monkeypatch, chunk)
             merged, _ = project(lrm, itm, base, bases, rows, given, 0.7, torch.float32)
             assert merged.dtype == torch.float32
             close(merged, wanted, dtype)
@@ -175,7 +181,7 @@ def measured(lrm, itm, base, bases, rows, cols, lam, merged):
 @pytest.mark.parametrize("scaled", [True, False])
 def test_norms(monkeypatch, scaled, blocks, chunk, dtype):
     """1539 rows: of one block every seventh is checked for leaks, of three every third."""
-    monkeypatch.setattr(kernels, "_PROJECT_ELEMENTS", chunk)
+    chunks_of(monkeypatch, chunk)
     three = weights(1539, 41)
     three[0][5, 5] = float("inf")
     bases = [basis(41, 9 + b, seed=b) for b in range(blocks)]
@@ -220,98 +226,111 @@ def test_scale_then_project_keeps_the_null_space_and_the_other_order_does_not():
 # ---- span_mass and attended_inputs
 
 
-def eager(q, k, at, values, scaling, window, dtype=torch.float64):
-    """softmax(q kᵀ) V in float64 with the whole [H, n, T] matrix, kv heads repeated as transformers does."""
-    k = k.to(dtype).repeat_interleave(q.shape[0] // k.shape[0], dim=0)
-    scores = q.to(dtype) @ k.transpose(1, 2) * scaling
-    columns = torch.arange(k.shape[1])
-    hidden = columns > at[:, None]
+def eager(q, k, sample, at, values, scaling, window=None, dtype=torch.float64):
+    """softmax(q kᵀ) V [n, H, m] in float64 with the whole [B, H, T, T], kv heads repeated as transformers does."""
+    k = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q.to(dtype) @ k.mT * scaling
+    columns = torch.arange(k.shape[2])
+    hidden = columns > columns[:, None]
     if window is not None:
-        hidden |= columns <= at[:, None] - window
-    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values.to(dtype)
+        hidden |= columns <= columns[:, None] - window
+    mixed = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values.to(dtype)[:, None]
+    return mixed[sample, :, at]
 
 
-def call(heads=4, kv_heads=2, tokens=41, dim=12, rows=(0, 3, 17, 18, 40), spans=3, dtype=torch.float32):
-    q, k = randn(heads, len(rows), dim, dtype=dtype), randn(kv_heads, tokens, dim, seed=1, dtype=dtype)
-    return 3 * q, k, torch.tensor(rows, dtype=torch.long), (randn(tokens, spans, seed=2) > 0.5).float()
+ROWS = {0: (0, 3, 17, 18, 40), 2: (7,), 3: (38, 39, 40)}  # sample 1 of 4 has none
+
+
+def call(heads=4, kv_heads=2, tokens=41, dim=12, rows=ROWS, spans=3, dtype=torch.float32):
+    """q, k, sample, at, spans of a batch; the first two as transformers lays them out, heads inside positions."""
+    batch = 1 + max(rows)
+    q = 3 * randn(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+    k = randn(batch, tokens, kv_heads, dim, seed=1, dtype=dtype).transpose(1, 2)
+    sample, at = torch.tensor([(b, t) for b, held in rows.items() for t in held]).T
+    return q, k, sample, at, (randn(batch, tokens, spans, seed=2) > 0.5).float()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("window", [None, 1, 5, 24, 1000])
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 2), (6, 2), (4, 4), (6, 1)])
 def test_span_mass(heads, kv_heads, window, dtype):
-    q, k, at, spans = call(heads, kv_heads, dtype=dtype)
-    found = span_mass(q, k, at, spans, 0.3, window)
+    q, k, sample, at, spans = call(heads, kv_heads, dtype=dtype)
+    found = span_mass(q, k, sample, at, spans, 0.3, window)
     assert found.dtype == torch.float32
-    close(found, eager(q, k, at, spans, 0.3, window), dtype)
-    close(span_mass(strided(q), strided(k), at, strided(spans), 0.3, window), found, dtype)
+    close(found, eager(q, k, sample, at, spans, 0.3, window), dtype)
+    close(span_mass(strided(q), strided(k), sample, at, strided(spans), 0.3, window), found, dtype)
 
 
 @pytest.mark.parametrize("tokens", ODD)
 @pytest.mark.parametrize("dim", ODD)
 def test_span_mass_over_odd_shapes(tokens, dim):
-    q, k, at, spans = call(tokens=tokens, dim=dim, rows=tuple(range(0, tokens, 2)), spans=1)
-    close(span_mass(q, k, at, spans + 0.5, 0.2), eager(q, k, at, spans + 0.5, 0.2, None), torch.float32)
+    given = call(tokens=tokens, dim=dim, rows={0: range(0, tokens, 2), 1: (tokens - 1,)}, spans=1)
+    close(span_mass(*given, 0.2), eager(*given, 0.2), torch.float32)
 
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("budget", [1, 4 * 41 * 2, 4 * 41 * 3, 1 << 20])
 def test_chunk_boundaries(monkeypatch, budget, window):
-    """One row a chunk, two, three, all: with rows far apart, each chunk sees other columns."""
+    """From one row of one key head a chunk to all at once; rows are far apart, so that chunks see other columns."""
     monkeypatch.setattr(kernels, "_CACHE_ELEMENTS", budget)
-    sizes = []
-    plain = kernels._masses
-    monkeypatch.setattr(kernels, "_masses", lambda q, *a: sizes.append(q.shape[1]) or plain(q, *a))
-    q, k, at, spans = call(rows=(0, 3, 4, 17, 18, 39, 40))
-    close(span_mass(q, k, at, spans, 0.3, window), eager(q, k, at, spans, 0.3, window), torch.float32)
-    assert sizes == {1: [1] * 7, 328: [2, 2, 2, 1], 492: [3, 3, 1], 1 << 20: [7]}[budget]
+    given = call(rows={0: (0, 3, 4, 17, 18, 39, 40)})
+    close(span_mass(*given, 0.3, window), eager(*given, 0.3, window), torch.float32)
+    q, k, _, at, _ = given
+    chunks = [(heads, rows) for rows, heads, *_ in kernels._attention(q[0], k[0], at, 0.3, window, torch.float32)]
+    sizes = [(heads.stop - heads.start, len(range(7)[rows])) for heads, rows in chunks]
+    assert sizes == {1: [(2, 1)] * 14, 328: [(2, 4), (2, 3)] * 2, 492: [(2, 6), (2, 1)] * 2, 1 << 20: [(4, 7)]}[budget]
 
 
 def test_gqa_maps_by_group():
     """Query head h reads kv head h // group: with all keys but one at zero, only its group's masses move."""
-    q, k, at, spans = call(heads=6, kv_heads=2)
-    still = span_mass(q, torch.zeros_like(k), at, spans, 0.3)
-    k[0] = 0
-    moved = (span_mass(q, k, at, spans, 0.3) - still).abs().amax(dim=(1, 2))
+    q, k, *rest = call(heads=6, kv_heads=2)
+    still = span_mass(q, torch.zeros_like(k), *rest, 0.3)
+    k[:, 0] = 0
+    moved = (span_mass(q, k, *rest, 0.3) - still).abs().amax(dim=(0, 2))
     assert float(moved[:3].max()) == 0 and float(moved[3:].min()) > 0.01
 
 
-def test_rows_see_no_later_column():
-    q, k, at, _ = call()
-    later = torch.zeros(41, 1)
-    later[18:] = 1
-    mass = span_mass(q, k, at, later, 0.3)[..., 0]
-    assert torch.equal(mass[:, at < 18], torch.zeros(4, 3))
-    assert float(mass[:, at >= 18].min()) > 0
-    everything = span_mass(q, k, at, torch.ones(41, 1), 0.3)
+def test_rows_see_no_later_column_and_no_other_sample():
+    """The spans of samples 1 and 3 are all there is, and of sample 3 the columns from 39 on; padding may be garbage."""
+    q, k, sample, at, _ = call()
+    later = torch.zeros(4, 41, 1)
+    later[3, 39:] = later[1] = 1
+    mass = span_mass(q, k, sample, at, later, 0.3)[..., 0]
+    sees = (sample == 3) & (at >= 39)
+    assert torch.equal(mass[~sees], torch.zeros(7, 4)) and float(mass[sees].min()) > 0
+    k[2, :, 8:] = k[1] = q[2, :, 8:] = float("nan")
+    everything = span_mass(q, k, sample, at, torch.ones(4, 41, 1), 0.3)
     torch.testing.assert_close(everything, torch.ones_like(everything))
 
 
 def test_large_scores_do_not_overflow():
-    q, k, at, spans = call()
-    found = span_mass(q * 1000, k, at, spans, 1.0)
+    q, k, *rest = call()
+    found = span_mass(q * 1000, k, *rest, 1.0)
     assert torch.isfinite(found).all()
-    close(found, eager(q * 1000, k, at, spans, 1.0, None), torch.float32)
+    close(found, eager(q * 1000, k, *rest, 1.0), torch.float32)
 
 
 def test_no_rows_and_no_spans():
-    q, k, at, spans = call()
-    assert span_mass(q[:, :0], k, at[:0], spans, 0.3).shape == (4, 0, 3)
-    assert span_mass(q, k, at, spans[:, :0], 0.3).shape == (4, 5, 0)
+    q, k, sample, at, spans = call()
+    assert span_mass(q, k, sample[:0], at[:0], spans, 0.3).shape == (0, 4, 3)
+    assert span_mass(q, k, sample, at, spans[..., :0], 0.3).shape == (9, 4, 0)
 
 
 def test_float64_stays():
-    q, k, at, spans = (x.double() if x.is_floating_point() else x for x in call())
-    close(span_mass(q, k, at, spans, 0.3), eager(q, k, at, spans, 0.3, None), torch.float64)
+    given = [x.double() if x.is_floating_point() else x for x in call()]
+    found = span_mass(*given, 0.3)
+    assert found.dtype == torch.float64
+    close(found, eager(*given, 0.3), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("width", ODD)
 def test_attended_inputs(width, window, dtype):
-    q, k, at, _ = call(dtype=dtype)
-    x = randn(41, width, seed=3, dtype=dtype)
-    close(attended_inputs(q, k, at, strided(x), 0.3, window), eager(q, k, at, x, 0.3, window), dtype)
+    q, k, sample, at, _ = call(dtype=dtype, rows={0: ROWS[0]})
+    x = randn(1, 41, width, seed=3, dtype=dtype)
+    found = attended_inputs(q[0], k[0], at, strided(x)[0], 0.3, window)
+    close(found, eager(q, k, sample, at, x, 0.3, window).transpose(0, 1), dtype)
 
 
 # ---- the masses of a whole model
