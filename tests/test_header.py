@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 from pathlib import Path
 from random import Random
 
@@ -51,7 +52,7 @@ HEADERS = {  # name: (header, data bytes, what the message must say)
     "shape negative": ({"a": entry(shape=[-2])}, 8, "shape must be a list of integers >= 0, found [-2]"),
     "shape bool": ({"a": entry(shape=[True])}, 8, "shape must be a list of integers"),
     "shape float": ({"a": entry(shape=[2.0])}, 8, "shape must be a list of integers"),
-    "shape huge": ({"a": entry(shape=[2**62, 4])}, 8, "its data_offsets span 8"),
+    "shape huge": ({"a": entry(shape=[2**62, 4])}, 8, "F32 [4611686018427387904, 4] is larger than any file"),
     "offsets reversed": ({"a": entry(offsets=[8, 0])}, 8, "data_offsets begin at 8, after their end 0"),
     "offsets count": ({"a": entry(offsets=[0, 8, 9])}, 8, "data_offsets must be two integers"),
     "offsets negative": ({"a": entry(offsets=[-8, 0])}, 8, "data_offsets must be two integers"),
@@ -63,6 +64,20 @@ HEADERS = {  # name: (header, data bytes, what the message must say)
     "truncated": ({"a": entry()}, 5, "download it again"),
     "out of bounds": ({"a": entry(shape=[2000], offsets=[0, 8000])}, 8, "its header promises"),
     "too long": ({"a": entry()}, 9, "its header accounts for"),
+    "shape huge beside a zero": ({"a": entry(shape=[2**62, 4, 0], offsets=[0, 0])}, 0, "larger than any file"),
+    "shape beyond 64 bits": ({"a": entry(shape=[2**63])}, 8, "shape must be a list of integers >= 0, found [9223372"),
+    "shape of 4000 digits": ({"a": entry(shape=[10**4000])}, 8, "shape must be a list of integers >= 0, found [1000"),
+    "shape of a million dimensions": ({"a": entry(shape=[1] * 10**6)}, 8, "1000000 dimensions, torch knows at most 64"),
+    "offsets float": ({"a": entry(offsets=[0, 8.0])}, 8, "data_offsets must be two integers"),
+    "offsets bool": ({"a": entry(shape=[], dtype="U8", offsets=[False, True])}, 1, "data_offsets must be two integers"),
+    "offsets beyond 64 bits": ({"a": entry(offsets=[0, 2**64 + 8])}, 8, "data_offsets must be two integers"),
+    "infinity": (b'{"a":{"dtype":"U8","shape":[Infinity],"data_offsets":[0,1]}}', 1, "Infinity is no JSON number"),
+    "a number of 5000 digits": (b'{"a":{"dtype":"U8","shape":[1' + b"0" * 5000 + b"]}}", 1, "header is not valid JSON"),
+    "begins with a space": (b' {"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}', 1, "it begins with"),
+    "empty name": ({"": entry()}, 8, "its name is 0 characters long"),
+    "long name": ({"n" * 1001: entry()}, 8, "its name is 1001 characters long"),
+    "escape in a name": ({"a\x1b[2J": entry()}, 8, "characters that cannot be printed"),
+    "empty tensor inside another": ({"a": entry(), "b": entry(shape=[0], offsets=[4, 4])}, 8, "overlaps tensor 'a'"),
     "surrogate": (b'{"\\ud800":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}', 1, "its name is not valid Unicode"),
 }
 
@@ -73,6 +88,27 @@ def test_corrupt_header(tmp_path, case):
     raw_file(tmp_path / "model.safetensors", header, bytes(size))
     message = error_of(tmp_path)
     assert wanted in message and "model.safetensors" in message
+
+
+def test_a_million_lies_are_counted_not_listed(tmp_path):
+    raw_file(tmp_path / "model.safetensors", {f"t{i}": 5 for i in range(200_000)})
+    message = error_of(tmp_path)
+    assert message.count("\n") < 25 and "80 more of the same kind" in message
+
+
+def test_a_header_of_many_duplicates_is_refused_in_time(tmp_path):
+    """Looking for the second of two equal keys among n must not take n² steps."""
+    keys = ",".join(f'"{i}":1' for i in range(300_000))
+    began = time.monotonic()
+    raw_file(tmp_path / "model.safetensors", f'{{{keys},"299999":1}}'.encode())
+    assert "'299999' appears twice" in error_of(tmp_path) and time.monotonic() - began < 10
+
+
+def test_empty_tensors_and_odd_but_honest_names_pass(tmp_path):
+    header = {"ünï.ço∂e 字": entry(shape=[0], offsets=[0, 0]), "x": entry(), "z": entry(shape=[3, 0], offsets=[8, 8])}
+    raw_file(tmp_path / "model.safetensors", header, bytes(8))
+    with open_checkpoint(tmp_path, "base_model") as ckpt:
+        assert {n: ckpt.read(n).shape for n in ckpt.tensors} == {"ünï.ço∂e 字": (0,), "x": (2,), "z": (3, 0)}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,10 @@ import torch
 from ..memory import format_size
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own bound
+JSON_LIMIT = 100_000_000  # bytes of an index or a config.json
+_INT64 = 2**63  # sizes and offsets are below it in every reader
+_DIMENSIONS = 64  # torch's own bound
+_ENOUGH = 100  # problems of one file: the message shows twenty, and a hostile header could name millions
 
 _CODES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
@@ -28,6 +34,7 @@ _CODES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+_short = reprlib.Repr().repr  # of what a hostile file may make as long as it likes
 # older torch lacks some of the small floats: a checkpoint that holds them is then refused by name, not misread
 TORCH_DTYPES: dict[str, torch.dtype] = {c: getattr(torch, t) for c, t in _CODES.items() if hasattr(torch, t)}
 
@@ -49,24 +56,40 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `object_pairs_hook`. ValueError for a key that is given twice: readers disagree on which
+    of the two counts."""
+    seen = dict(pairs)
+    if len(seen) < len(pairs):
+        left = dict(seen)
+        twice = next(key for key, _ in pairs if left.pop(key, pairs) is pairs)
+        raise ValueError(f"the key {twice[:80]!r} appears twice")
+    return seen
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def strict_json(raw: bytes) -> dict[str, Any]:
-    """Bytes -> JSON object. ValueError (with the reason) for a duplicate key, bad UTF-8 or anything but an object."""
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise ValueError(f"the key {key!r} appears twice")
-            seen[key] = value
-        return seen
-
+    """Bytes -> JSON object. ValueError (with the reason) for a duplicate key, bad UTF-8, NaN or anything but an object.
+    """
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("nested too deep") from None
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not an object")
     return value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """`strict_json` of a file. OSError where it cannot be read, ValueError also where it is over JSON_LIMIT."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > JSON_LIMIT:
+            raise ValueError(f"it holds {format_size(size)}, the limit is {format_size(JSON_LIMIT)}")
+        return strict_json(stream.read(JSON_LIMIT))
 
 
 def read_header(file: Path, problems: list[str]) -> dict[str, TensorInfo]:
@@ -75,14 +98,17 @@ def read_header(file: Path, problems: list[str]) -> dict[str, TensorInfo]:
     Appends one line to `problems` for everything that is wrong; what it returns is to be used only if it added none.
     """
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > HEADER_LIMIT or 8 + length > size:
                 problems.append(_bad_length(file.name, size, prefix, length))
                 return {}
-            header = strict_json(stream.read(length))
+            raw = stream.read(length)
+            header = strict_json(raw)
+            if not raw.startswith(b"{"):  # the safetensors library allows padding behind the object only
+                raise ValueError(f"it begins with {raw[:8]!r}, wanted '{{'")
     except OSError as error:
         problems.append(f"{file.name}: cannot be read: {error.strerror}")
         return {}
@@ -91,9 +117,13 @@ def read_header(file: Path, problems: list[str]) -> dict[str, TensorInfo]:
         return {}
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        problems.append(f"{file.name}: __metadata__ must map strings to strings, found {str(metadata)[:80]}")
+        problems.append(f"{file.name}: __metadata__ must map strings to strings, found {_short(metadata)}")
     before = len(problems)
-    tensors = {name: _entry(file, name, entry, 8 + length, problems) for name, entry in header.items()}
+    tensors = {}
+    for name, entry in header.items():
+        tensors[name] = _entry(file, name, entry, 8 + length, problems)
+        if len(problems) - before >= _ENOUGH:
+            break
     if len(problems) > before:  # the layout of entries that do not parse says nothing
         return {}
     _check_layout(file.name, list(tensors.values()), 8 + length, size, problems)
@@ -113,36 +143,54 @@ def _entry(file: Path, name: str, entry: Any, base: int, problems: list[str]) ->
     """One header entry, checked on its own; `base` is the file offset of the first tensor byte."""
 
     def wrong(what: str) -> None:
-        problems.append(f"{file.name}: tensor {name!r}: {what}")
+        problems.append(f"{file.name}: tensor {name[:200]!r}: {what}")
 
     def naturals(value: Any) -> bool:
-        return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+        return isinstance(value, list) and all(type(v) is int and 0 <= v < _INT64 for v in value)
 
-    if any("\ud800" <= c <= "\udfff" for c in name):
-        return wrong("its name is not valid Unicode")
+    odd = _odd_name(name)
+    if odd:
+        return wrong(odd)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         found = sorted(entry) if isinstance(entry, dict) else entry
-        return wrong(f"wants the keys dtype, shape and data_offsets, found {str(found)[:80]}")
+        return wrong(f"wants the keys dtype, shape and data_offsets, found {_short(found)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
-        return wrong(f"unknown dtype {str(dtype)[:40]!r}, known are {', '.join(TORCH_DTYPES)}")
+        return wrong(f"unknown dtype {_short(dtype)}, known are {', '.join(TORCH_DTYPES)}")
     if not naturals(shape):
-        return wrong(f"the shape must be a list of integers >= 0, found {str(shape)[:80]}")
+        return wrong(f"the shape must be a list of integers >= 0, found {_short(shape)}")
+    if len(shape) > _DIMENSIONS:
+        return wrong(f"the shape has {len(shape)} dimensions, torch knows at most {_DIMENSIONS}")
     if not naturals(offsets) or len(offsets) != 2:
-        return wrong(f"data_offsets must be two integers >= 0, found {str(offsets)[:80]}")
+        return wrong(f"data_offsets must be two integers >= 0, found {_short(offsets)}")
     begin, end = offsets
     if begin > end:
         return wrong(f"data_offsets begin at {begin}, after their end {end}")
+    if tensor_bytes(dtype, [n for n in shape if n]) >= _INT64:  # an empty tensor's strides must not overflow either
+        return wrong(f"{dtype} {_short(shape)} is larger than any file can be")
     wanted = tensor_bytes(dtype, shape)
     if end - begin != wanted:
-        return wrong(f"{dtype} {shape} takes {wanted} bytes, its data_offsets span {end - begin}")
+        return wrong(f"{dtype} {_short(shape)} takes {wanted} bytes, its data_offsets span {end - begin}")
     return TensorInfo(name, dtype, tuple(shape), file, base + begin, wanted)
+
+
+def _odd_name(name: str) -> str | None:
+    """Why this is no name of a tensor, or None: it ends up in paths of modules, in messages and on terminals."""
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        return "its name is not valid Unicode"
+    if not name or len(name) > 1000:
+        return f"its name is {len(name)} characters long, wanted 1 to 1000"
+    if not name.isprintable():
+        return "its name holds characters that cannot be printed"
+    return None
 
 
 def _check_layout(name: str, tensors: list[TensorInfo], base: int, size: int, problems: list[str]) -> None:
     """No overlap, no hole, and the last tensor ends exactly where the file does. `base`, `size`: file offsets."""
-    position, previous = base, "the header"
+    position, previous, before = base, "the header", len(problems)
     for info in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
+        if len(problems) - before >= _ENOUGH:
+            return
         if info.start < position:
             problems.append(f"{name}: tensor {info.name!r} overlaps {previous} by {position - info.start} bytes")
         elif info.start > position:
