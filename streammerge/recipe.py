@@ -8,6 +8,7 @@ the recipe's own directory; a name that is no directory there is taken for a mod
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 
 from .errors import RecipeError, listed
 from .memory import parse_size
-from .strict import build, setting
+from .strict import TEXT_LIMIT, build, compose, read_limited, setting
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -86,7 +87,7 @@ class Basis:
     size: int | None = setting(None, least=1)  # for rank: fixed
     method: Literal["auto", "qr", "randomized", "covariance"] = "auto"  # rank: exact always factorises in full
     oversample: int = setting(16, least=1)
-    power_iterations: int = setting(2, least=0)
+    power_iterations: int = setting(2, least=0, most=100)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_limited(path, TEXT_LIMIT)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot read the recipe ({error}); give the path of a YAML file") from None
     return parse_recipe(text, str(path), directory=path.parent, **overrides)
@@ -161,12 +162,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
 
 def parse_recipe(text: str, source: str, directory: Path | None = None, **overrides: Any) -> Recipe:
     """`load_recipe` for a text. `directory` resolves relative paths (none: the working directory)."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{source}: not valid YAML: {error}") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{source}: a recipe is a mapping of keys to values; see `streammerge merge --help`")
+    node = compose(text, source)
     problems: list[str] = []
     recipe = build(Recipe, node, source, "", problems)
     if not problems:
@@ -182,8 +178,8 @@ def _with_paths(recipe: Recipe, directory: Path) -> Recipe:
     """Relative paths that exist beside the recipe become absolute; anything else stays as written."""
 
     def resolve(name: str) -> str:
-        beside = directory.absolute() / Path(name).expanduser()
-        return str(beside) if name and beside.exists() else name
+        beside = directory.absolute() / os.path.expanduser(name)  # unlike pathlib's, these take any text
+        return str(beside) if name and os.path.exists(beside) else name
 
     models = {key: resolve(getattr(recipe, key)) for key in ("base_model", "instruct_model", "reasoning_model")}
     sets = {key: resolve(getattr(recipe.calibration, key)) for key in ("reasoning", "instruction")}

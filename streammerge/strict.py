@@ -3,23 +3,89 @@
 Every mistake is appended to a list with its file and line, none is raised, so that one run shows all of them. A
 field's annotation is its type (bool, int, float, str, Literal, tuple, an optional, another dataclass); `setting` adds
 a range, a notation of its own, or another name in YAML.
+
+`compose` comes first: YAML lets a page of text stand for gigabytes (aliases of aliases) or for a stack overflow
+(nesting), so a document is limited in length, depth and written-out size before a value is constructed from it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
+import os
 import re
 import reprlib
 import types
 import typing
 from collections.abc import Callable
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from .errors import RecipeError
+
+TEXT_LIMIT = 256_000  # characters; PyYAML reads some 100 kB a second
+_DEPTH, _NODES = 32, 20_000
+_WORDS = 2**63  # whole numbers end up in tensors' sizes and seeds
+
+
+class _Shallow(yaml.SafeLoader):
+    """Refuses what is nested deeper than _DEPTH while it is read, long before the interpreter's own stack ends."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        self.depth += 1
+        if self.depth > _DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=f"nested deeper than {_DEPTH} levels", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def compose(text: str, source: str) -> yaml.MappingNode:
+    """A YAML text -> its top mapping, not yet constructed. RecipeError for anything else, and for what is too much."""
+    if len(text) > TEXT_LIMIT:
+        raise RecipeError(f"{source}: holds {len(text)} characters, a recipe has at most {TEXT_LIMIT}: is this the "
+                          "right file?")
+    try:
+        node = yaml.compose(text, Loader=_Shallow)
+        nodes = _written_out(node, {}) if node else 0
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{source}: a recipe is a mapping of keys to values; see `streammerge merge --help`")
+    if nodes > _NODES:
+        raise RecipeError(f"{source}: its aliases stand for more than {_NODES} values; write the values out")
+    return node
+
+
+def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many nodes this one stands for when every alias is replaced by a copy of what it names."""
+    if sizes.get(id(node)) == 0:
+        raise yaml.MarkedYAMLError(problem="a value that contains itself", problem_mark=node.start_mark)
+    if id(node) not in sizes:
+        sizes[id(node)] = 0  # being counted
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
+def read_limited(path: Path, limit: int, encoding: str = "utf-8") -> str:
+    """The text of a regular file of at most `limit` bytes. OSError where it is no such file (a pipe would wait for
+    ever, a device never end), UnicodeDecodeError where it is not text."""
+    if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):  # open() says what is wrong with these
+        with open(path, "rb") as stream:
+            raw = stream.read(limit + 1)
+        if len(raw) <= limit:
+            return raw.decode(encoding)
+        raise OSError(errno.EFBIG, f"it holds more than {limit} bytes", str(path))
+    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def setting(
@@ -44,6 +110,13 @@ _short = reprlib.Repr()  # of a value in a message: a few aliases can make one w
 _short.maxlevel, _short.maxstring, _short.maxother = 2, 60, 60
 
 
+def _shown(value: Any) -> str:
+    try:
+        return _short.repr(value)
+    except ValueError:  # CPython writes out no number of more than 4300 digits
+        return "a number of thousands of digits"
+
+
 def build(cls: type, node: yaml.Node, source: str, prefix: str, problems: list[str]) -> Any:
     """A dataclass from a YAML mapping; appends to `problems` and returns None where it cannot."""
     if not isinstance(node, yaml.MappingNode):
@@ -63,7 +136,7 @@ def build(cls: type, node: yaml.Node, source: str, prefix: str, problems: list[s
         if name is None:
             near = difflib.get_close_matches(key, shown, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "keys here: " + ", ".join(sorted(shown))
-            problems.append(f"{where}: unknown key '{prefix}{key}'; {hint}")
+            problems.append(f"{where}: unknown key '{prefix}{key[:80]}'; {hint}")
         elif name in values:
             problems.append(f"{where}: key '{prefix}{key}' is given twice")
         else:
@@ -92,7 +165,7 @@ def _value(hint: Any, f: dataclasses.Field, node: yaml.Node, at: str, key: str, 
         problems.append(f"{at}: {key}: {error}")
         return None
     except (TypeError, ValueError, OverflowError) as error:
-        problems.append(f"{at}: {key} is {_short.repr(raw)}; wanted {error}")
+        problems.append(f"{at}: {key} is {_shown(raw)}; wanted {error}")
         return None
     limits = f.metadata
     if isinstance(value, (int, float)) and not isinstance(value, bool) and "above" in limits:
@@ -103,6 +176,14 @@ def _value(hint: Any, f: dataclasses.Field, node: yaml.Node, at: str, key: str, 
         if most is not None and value > most:
             problems.append(f"{at}: {key} is {value}; wanted at most {most}")
     return value
+
+
+def _text(raw: str | int | float) -> str:
+    """A scalar as text that files and terminals can hold; a number of thousands of digits raises ValueError itself."""
+    text = str(raw)
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("a text without NUL and surrogate characters")
+    return text
 
 
 def _coerce(hint: Any, raw: Any) -> Any:
@@ -123,8 +204,8 @@ def _coerce(hint: Any, raw: Any) -> Any:
     if hint is float and isinstance(raw, (int, float)) and not isinstance(raw, bool) and abs(raw) < 1e300:
         return float(raw)
     if hint is str and isinstance(raw, (str, int, float)) and not isinstance(raw, bool):
-        return str(raw)
-    if hint in (int, bool) and type(raw) is hint:
+        return _text(raw)
+    if hint in (int, bool) and type(raw) is hint and abs(raw) < _WORDS:
         return raw
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    names = {int: "a whole number below 2**63", float: "a finite number", bool: "true or false", str: "a text"}
     raise ValueError(names[hint])
