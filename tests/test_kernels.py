@@ -168,10 +168,11 @@ def measured(lrm, itm, base, bases, rows, cols, lam, merged):
         sampled, leak = sampled + (s[some] @ u).square().sum(), leak + (kept[b][some] @ u).square().sum()
         written = written + ((new - w)[some] @ u).square().sum()
     applied = torch.cat(kept).square().sum()
-    changed, bad = (merged != lrm.to(merged.dtype)).sum(), (~merged.isfinite()).sum()
+    bad = ~merged.isfinite()
+    changed = (merged != lrm.to(merged.dtype)) | bad
     return torch.stack([
         delta.square().sum(), lost, applied, inside, wide.square().sum(), sampled, leak, written,
-        changed.double(), bad.double(),
+        changed.sum(), bad.sum(),
     ])  # fmt: skip
 
 
