@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .markers import Markers, render_prompt
+from .errors import InputError
+from .markers import Markers, answered, render_prompt
 from .records import Record
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ class Layout:
 def tokenise(tokenizer: PreTrainedTokenizerFast, text: str) -> Tokens:
     """The text's tokens [T] with their characters, nothing added."""
     # The template has written the special tokens already; verbose would warn about lengths, which are checked here.
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    with answered(f"{tokenizer.name_or_path}: the tokenizer cannot read a text that begins {text[:60]!r}",
+                  "copy it from where the checkpoint came from"):
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = np.array(coded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     return Tokens(coded["input_ids"], offsets[:, 0], offsets[:, 1])
 
@@ -65,7 +68,10 @@ def layouter(tokenizer: PreTrainedTokenizerFast, markers: Markers) -> Callable[[
     before, found, _ = render_prompt(tokenizer, _PROBE).partition(_PROBE)
 
     def lay(record: Record) -> Layout | None:
-        head = render_prompt(tokenizer, record.prompt)
+        try:
+            head = render_prompt(tokenizer, record.prompt)
+        except InputError as error:
+            raise InputError(f"{record.where}: {error}") from error
         body = _locate(head, record.prompt, before if found else None)
         if body is None and record.instructions:
             return None

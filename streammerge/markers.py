@@ -4,15 +4,25 @@ A marker is text, not a token id: in some families it is one special token, in o
 goes on in ids is therefore decided later, per sample and by character offsets (calibration.py). Here only the text is
 settled, what stands around it, and whether the template itself writes the opener into the generation prompt.
 Holds nothing but the tokenizer.
+
+A chat template is a stranger's program. transformers renders it in jinja's immutable sandbox, where it reaches neither
+files nor Python; that bounds what it can touch, not what it takes. So a rendering gets a time, a share of memory and a
+length, and a template that computes powers is refused: one operation on huge numbers cannot be interrupted.
 """
 
 from __future__ import annotations
 
+import ctypes
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError, RecipeError
+from .errors import InputError, RecipeError, StreamMergeError
+from .io.checkpoint import side_files
 from .recipe import Thinking
 
 if TYPE_CHECKING:
@@ -47,6 +57,9 @@ PROFILES = (
     Profile("<|channel>thought", "<channel|>", "\n", "\n", ""),  # Gemma 4
     Profile("<|open|>think<|sep|>", "<|close|>think<|sep|>", "", "", "<|open|>response<|sep|>"),  # Kimi K3
 )
+RENDER_SECONDS = 10  # real templates take milliseconds
+_RENDER_BYTES = 1 << 30  # beyond what the process holds already
+_FRAME = 1 << 20  # characters that a template may add to a prompt, and of its own source
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -74,11 +87,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if not any((Path(path) / name).is_file() for name in _FILES):
         raise InputError(f"{path}: no tokenizer here (looked for {', '.join(_FILES)}); the LRM's directory must hold "
                          "its tokenizer files: copy them from where the checkpoint came from")
-    try:
+    side_files(path)  # a tokenizer.json that is a link to somebody's private file is refused before it is read
+    with answered(f"{path}: the tokenizer cannot be loaded",
+                  "check that its files are complete and need no remote code, which streammerge never runs"):
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parsers raise
-        raise InputError(f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); check that its "
-                         "files are complete and need no remote code, which streammerge never runs") from error
     if not tokenizer.is_fast:
         raise InputError(f"{path}: {type(tokenizer).__name__} gives no character offsets, which place markers and "
                          "spans on tokens; wanted a tokenizer.json beside the checkpoint (a 'fast' tokenizer)")
@@ -88,15 +100,100 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+@contextmanager
+def answered(what: str, advice: str) -> Iterator[None]:
+    """Whatever transformers, jinja and tokenizers raise over a stranger's files is an InputError: `what` and why."""
+    try:
+        yield
+    except StreamMergeError:
+        raise
+    except BaseException as error:
+        # a panic of the Rust tokenizers is no Exception; everything else that is none (Ctrl-C) is not about the files
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what} ({type(error).__name__}: {str(error)[:300]}); {advice}") from error
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     """`prompt` as the one user message of the LRM's own template, up to where the model starts to write.
 
     Hybrid models are asked to think under both names in use; templates ignore names that they do not know.
+    Raises InputError where the template fails or takes too much.
     """
     message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(
-        message, add_generation_prompt=True, tokenize=False, enable_thinking=True, thinking=True
-    )
+    where = tokenizer.name_or_path or "the LRM"
+    with answered(f"{where}: the chat template cannot render a single user message", "mend the LRM's chat_template"):
+        rendered = _bounded(lambda: tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=False, enable_thinking=True, thinking=True
+        ))
+        if len(rendered) > 4 * len(prompt) + _FRAME:
+            raise ValueError(f"it makes {len(rendered)} characters of a message of {len(prompt)}")
+    return rendered
+
+
+def _bounded(render: Callable[[], str]) -> str:
+    """`render()`, or TimeoutError after RENDER_SECONDS, MemoryError beyond _RENDER_BYTES.
+
+    A timer raises in this thread, which Python delivers between two of its instructions: loops end, a single long
+    operation does not. (A signal could do no more, and belongs to the program that imports us.)
+    """
+    caller, lock, over = threading.get_ident(), threading.Lock(), False
+
+    def stop() -> None:
+        with lock:
+            if not over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(TimeoutError))
+
+    timer = threading.Timer(RENDER_SECONDS, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        with address_space(_RENDER_BYTES):
+            return render()
+    except TimeoutError:
+        raise TimeoutError(f"it takes longer than {RENDER_SECONDS} seconds") from None
+    finally:
+        with lock:
+            over = True
+        timer.cancel()
+
+
+@contextmanager
+def address_space(beyond: int) -> Iterator[None]:
+    """The process may not grow by more than `beyond` bytes here: allocations fail with MemoryError instead.
+
+    Soft limit, put back at the end; nothing happens where the kernel has none (macOS) or a tighter one is set.
+    """
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        wanted = pages * resource.getpagesize() + beyond
+    except (ImportError, OSError):
+        yield
+        return
+    if soft != resource.RLIM_INFINITY and soft <= wanted:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _check_template(source: str) -> None:
+    """ValueError for a template that no rendering should be tried on."""
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if len(source) > _FRAME:
+        raise ValueError(f"it is {len(source)} characters long, wanted at most {_FRAME}")
+    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", source)  # transformers' own tag
+    parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    if parsed.find(nodes.Pow):
+        raise ValueError("it computes a power, which can take for ever and which no known template needs")
 
 
 def single_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int | None:
@@ -117,15 +214,14 @@ def find_markers(tokenizer: PreTrainedTokenizerFast, thinking: Thinking, path: P
     """
     where = _tokenizer_file(path)
     named = _named(thinking)
-    try:
-        rendered = render_prompt(tokenizer, "Hello")
+    with answered(f"{path}: the chat template cannot be used", "mend the LRM's chat_template"):
         source = tokenizer.get_chat_template()
-    except Exception as error:  # a template is a program: it may raise anything
-        raise InputError(f"{path}: the chat template cannot render a single user message "
-                         f"({type(error).__name__}: {error}); mend the LRM's chat_template") from error
-    profile, evidence = named or _detected(tokenizer, rendered, source, where)
-    for key, text in (("thinking.open", profile.open), ("thinking.close", profile.close)):
-        _check_spelling(tokenizer, text, key, where)
+        _check_template(source)
+    rendered = render_prompt(tokenizer, "Hello")
+    with answered(f"{where}: the tokenizer fails on its own markers", "copy it from where the checkpoint came from"):
+        profile, evidence = named or _detected(tokenizer, rendered, source, where)
+        for key, text in (("thinking.open", profile.open), ("thinking.close", profile.close)):
+            _check_spelling(tokenizer, text, key, where)
     end = rendered.rstrip()
     if end.endswith(profile.close):
         raise InputError(f"{path}: the chat template ends its generation prompt with {profile.close!r}, so the model "

@@ -7,11 +7,16 @@ the text of a span is looked up here already, before any tokenizer comes in.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .io.header import unique_keys
+from .strict import read_limited
+
+FILE_LIMIT = 256 << 20  # bytes: a thousand times the authors' sets, and what parsing may take is a multiple of it
 Kind = Literal["reasoning", "instruction"]
 _TEXTS = {"reasoning": ("prompt", "reasoning", "response"), "instruction": ("prompt", "reason", "response")}
 _SPAN_KEYS = ("prompt_spans", "response_spans", "unrelated_response_spans")
@@ -52,7 +57,7 @@ def read_set(path: str, kind: Kind, limit: int | None, problems: list[str]) -> l
         return []
     if _swapped(items[0][1], kind):
         other = "an instruction" if kind == "reasoning" else "a reasoning"
-        keys = ", ".join(sorted(items[0][1]))
+        keys = _keys(items[0][1])
         problems.append(f"{path}: given as calibration.{kind}, but this is {other} set (its samples have the keys "
                         f"{keys}); are the two files of the recipe exchanged?")
         return []
@@ -63,12 +68,12 @@ def read_set(path: str, kind: Kind, limit: int | None, problems: list[str]) -> l
 def _items(path: str, key: str, problems: list[str]) -> list[tuple[str, Any]]:
     """(place in the file, parsed value) of each sample; the place is a line of JSONL or an item of a JSON list."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_limited(Path(path), FILE_LIMIT, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{path}: {key} cannot be read ({error}); wanted a JSON or JSON Lines file in UTF-8")
         return []
     try:
-        data = json.loads(text)
+        data = _parsed(text)
     except ValueError as error:
         whole_file = f"{path}: {key} is neither JSON nor JSON Lines ({error})"
     else:
@@ -76,7 +81,7 @@ def _items(path: str, key: str, problems: list[str]) -> list[tuple[str, Any]]:
             return [(f"item {n}", item) for n, item in enumerate(data, 1)]
         if isinstance(data, dict) and "prompt" in data:
             return [("line 1", data)]  # JSON Lines of one sample
-        found = f"one object with the keys {', '.join(data)}" if isinstance(data, dict) else _type(data)
+        found = f"one object with the keys {_keys(data)}" if isinstance(data, dict) else _type(data)
         problems.append(f"{path}: {key} holds {found}; wanted a list of samples, or one sample a line")
         return []
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -87,10 +92,18 @@ def _items(path: str, key: str, problems: list[str]) -> list[tuple[str, Any]]:
     items = []
     for n, line in lines:
         try:
-            items.append((f"line {n}", json.loads(line)))
+            items.append((f"line {n}", _parsed(line)))
         except ValueError as error:
             problems.append(f"{path}, line {n}: not JSON ({error}); wanted one sample a line")
     return items
+
+
+def _parsed(text: str) -> Any:
+    """JSON in which no key is given twice. ValueError that says what is wrong."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _swapped(item: Any, kind: Kind) -> bool:
@@ -107,11 +120,14 @@ def _record(path: str, kind: Kind, index: int, place: str, item: Any, problems: 
     if not isinstance(item, dict):
         problems.append(f"{path}, {place}: {_type(item)}; wanted an object with a sample's keys")
         return None
-    sample_id = str(item.get("sample_id", item.get("id", index)))
+    sample_id = _name(item.get("sample_id", item.get("id", index)))
     where = f"{path}, sample {sample_id} ({place})"
     for key in _TEXTS[kind]:
         if not isinstance(item.get(key), str):
             problems.append(f"{where}: {_missing(item, key)}; wanted a text")
+        elif not _is_unicode(item[key]):
+            problems.append(f"{where}: {key!r} holds half a surrogate pair (\\ud800 to \\udfff), no character; wanted "
+                            "a text that a tokenizer can read")
     if isinstance(item.get("prompt"), str) and not item["prompt"].strip():
         problems.append(f"{where}: 'prompt' is empty; wanted the user's message")
     instructions: tuple[Spans, ...] = ()
@@ -136,7 +152,7 @@ def _instructions(item: dict, where: str, problems: list[str]) -> Iterator[Spans
         if not isinstance(entry, dict):
             problems.append(f"{at}: {_type(entry)}; wanted an object with {', '.join(_SPAN_KEYS)}")
             continue
-        yield Spans(str(entry.get("instruction_id", n)), *(_texts(entry, key, at, problems) for key in _SPAN_KEYS))
+        yield Spans(_name(entry.get("instruction_id", n)), *(_texts(entry, key, at, problems) for key in _SPAN_KEYS))
 
 
 def _texts(item: dict, key: str, where: str, problems: list[str]) -> tuple[str, ...]:
@@ -160,6 +176,27 @@ def _lost_spans(record: Record) -> Iterator[str]:
             if span not in getattr(record, part):
                 short = span if len(span) <= 60 else span[:57] + "…"
                 yield f"{record.where}{which}: {key} has {short!r}, which is not in the {part}"
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON's escapes can spell halves of surrogate pairs, which UTF-8 and tokenizers cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _name(value: Any) -> str:
+    """The name of a sample or instruction as messages and the report show it."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    text = text if len(text) <= 80 else text[:79] + "…"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _keys(item: dict) -> str:
+    names = sorted(item)
+    return ", ".join(_name(name) for name in names[:6]) + (", …" if len(names) > 6 else "")
 
 
 def _missing(item: dict, key: str) -> str:

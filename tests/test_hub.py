@@ -109,3 +109,22 @@ def test_side_files(tmp_path):
     (tmp_path / "vocab.json").symlink_to("gone")
     with pytest.raises(InputError, match="(?s)LICENSE: is a link that leaves.*vocab.json: is missing"):
         side_files(tmp_path)
+
+
+def test_a_ref_that_leads_out_of_the_cache(tmp_path, cache):
+    """A ref is a file of the cache that holds a folder's name; it may hold any path."""
+    local = model(tmp_path / "private")
+    snapshot = hub(cache, "o/m", "e" * 40, {n: local / n for n in ("config.json", "model.safetensors")})
+    (snapshot.parents[1] / "refs" / "main").write_text(os.path.relpath(local, snapshot.parent))
+    with pytest.raises(InputError, match="base_model: 'o/m'.*leads out of the Hub cache|not in the Hub cache"):
+        resolve_model("o/m", "base_model")
+
+
+ODD = ["~nobody-of-that-name/x", "n" * 5000, "a" * 300 + "/b", "a\0b", "o/m@../../../private"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_names_are_input_errors(name, cache):
+    with pytest.raises(InputError, match="^base_model: ") as caught:
+        resolve_model(name, "base_model")
+    assert len(str(caught.value)) < 1500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -17,27 +18,42 @@ def resolve_model(name: str, key: str) -> Path:
 
     Raises InputError that names the recipe key, what was tried, and the next step.
     """
-    local = Path(name).expanduser()
-    if local.is_dir():
+    local = Path(os.path.expanduser(name))
+    if os.path.isdir(local):  # unlike pathlib's, these take any text
         return local
-    tried = f"{key}: {name!r}: "
-    if local.exists():
+    tried = f"{key}: {name[:200]!r}: "
+    if os.path.exists(local):
         raise InputError(tried + "is a file, wanted the directory with config.json and the .safetensors files")
     repo, _, revision = name.partition("@")
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", repo):
-        raise InputError(tried + f"no such directory ({local.absolute()}), and not a Hub id either: correct the path")
+    if len(name) > 300 or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", repo):
+        raise InputError(tried + f"no such directory ({_shown(local)}), and not a Hub id either: correct the path")
     command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     try:
         from huggingface_hub import constants, snapshot_download
     except ImportError:
-        raise InputError(tried + f"no such directory ({local.absolute()}), and without huggingface_hub the Hub cache "
+        raise InputError(tried + f"no such directory ({_shown(local)}), and without huggingface_hub the Hub cache "
                          f"cannot be searched: correct the path, or pip install it and run: {command}") from None
     # only what a merge reads has to be there: a snapshot without its pickles or its card is complete for us
     skipped = ["*/*", ".*", "*.md", "consolidated*", "*.onnx_data", *("*" + s for s in OTHER_WEIGHTS + CODE)]
     try:
-        return Path(snapshot_download(repo, revision=revision or None, local_files_only=True, ignore_patterns=skipped))
+        found = snapshot_download(repo, revision=revision or None, local_files_only=True, ignore_patterns=skipped)
+        return _inside_cache(Path(found), Path(constants.HF_HUB_CACHE), repo, tried)
     except (OSError, ValueError) as error:
         partly = getattr(error, "snapshot_path", None)
         state = f"its download is incomplete ({partly})" if partly else "it is not in the Hub cache"
-        raise InputError(tried + f"no such directory ({local.absolute()}), and as a Hub id, {state} "
+        raise InputError(tried + f"no such directory ({_shown(local)}), and as a Hub id, {state} "
                          f"({constants.HF_HUB_CACHE}). Correct the path, or run: {command}") from error
+
+
+def _inside_cache(snapshot: Path, cache: Path, repo: str, tried: str) -> Path:
+    """The snapshot, if it is where the cache keeps this model's: a revision, or a ref on disk, may be any path."""
+    snapshots = cache / f"models--{repo.replace('/', '--')}" / "snapshots"
+    if snapshot.resolve().parent != snapshots.resolve():
+        raise InputError(tried + f"its revision leads out of the Hub cache (to {_shown(snapshot)}): name a branch, "
+                         "a tag or a commit, or delete the model from the cache and download it again")
+    return snapshot
+
+
+def _shown(path: Path) -> str:
+    text = os.path.abspath(path)
+    return text if len(text) <= 300 else text[:299] + "…"
