@@ -1,29 +1,33 @@
 """A checkpoint on disk: found, validated on its headers alone, then read tensor by tensor.
 
 Opening costs the headers (kilobytes); nothing of a weight is read before all of the checkpoint's problems have been
-collected into one error. Reading uses pread into a fresh buffer that torch owns: mapped pages would count as resident
+collected into one error. Reading uses pread into a buffer that this process owns: mapped pages would count as resident
 memory and the bound that the plan promised would not hold. It never touches the network and never runs code that a
 checkpoint brings along.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import mmap
 import os
 import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, listed
-from .header import TORCH_DTYPES, TensorInfo, read_header, strict_json
+from . import header
+from .disk import byte_buffer
+from .header import ITEM_BYTES, TensorInfo, read_header, strict_json
 from .hub import CODE, OTHER_WEIGHTS, PICKLES, resolve_model
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from .header import TORCH_DTYPES
 
 __all__ = ["TORCH_DTYPES", "TensorInfo", "Checkpoint", "open_checkpoint", "resolve_model", "side_files"]
 
@@ -33,18 +37,11 @@ _CARDS = ("readme", "modelcard", "model_card")
 _STALE = ("streammerge_", "sha256sums")  # they describe the files of another checkpoint, not of the output
 
 
-def _buffer(nbytes: int) -> torch.Tensor:
-    """Fresh uint8 [nbytes], from the kernel if large: freed blocks go back at once, malloc's heap would keep growing.
-
-    (Measured: 16 tensors of 16 MB, one alive at a time, left up to 150 MB behind in glibc's fragmented heap.)
-    """
-    if nbytes < 1 << 20:
-        return torch.empty(nbytes, dtype=torch.uint8)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults: 5.5 instead of 1.5 GB/s
-    return torch.frombuffer(pages, dtype=torch.uint8)  # the tensor keeps the pages, the last view of it frees them
+def __getattr__(name: str) -> Any:
+    """TORCH_DTYPES, which imports torch at its first use (header.py)."""
+    if name != "TORCH_DTYPES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return header.TORCH_DTYPES
 
 
 class _Files:
@@ -81,15 +78,25 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor on the CPU in its stored dtype; holds that one tensor. InputError if the file changed."""
         info = self.tensors[name]
-        raw = _buffer(info.nbytes)
-        self._fill(memoryview(raw.numpy()), info, 0)
-        return raw.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+        raw = byte_buffer(info.nbytes)
+        self._fill(memoryview(raw), info, 0)
+        return _tensor(raw, info.dtype, info.shape)
+
+    def read_into(self, name: str, view: memoryview, offset: int) -> None:
+        """Fill `view`, a writable buffer of bytes, with the tensor's bytes from `offset` on. InputError if the file
+        changed. May be called from several threads."""
+        info = self.tensors[name]
+        if offset < 0 or offset + len(view) > info.nbytes:
+            raise ValueError(f"{name}: bytes {offset} to {offset + len(view)} of {info.nbytes}")
+        self._fill(view, info, offset)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a 2-D tensor: [rows, cols] on disk, `rows` int64 [n] in any order, repeats allowed -> [n, cols].
 
         Each row that is asked for is read once, neighbours in one call. InputError for a row that does not exist.
         """
+        import torch
+
         info = self.tensors[name]
         if len(info.shape) != 2 or rows.dim() != 1:
             raise ValueError(f"{name}: read_rows wants a 2-D tensor and 1-D rows, got {info.shape}, {rows.dim()}-D")
@@ -97,20 +104,20 @@ class Checkpoint:
         if len(unique) and (unique[0] < 0 or unique[-1] >= info.shape[0]):
             raise InputError(f"{self.role}: {info.file}: row {int(unique[-1] if unique[0] >= 0 else unique[0])} of "
                              f"{name!r} is asked for, it has {info.shape[0]} rows: use the tokenizer of this model")
-        width = info.shape[1] * TORCH_DTYPES[info.dtype].itemsize
-        raw = _buffer(len(unique) * width)
-        view, wanted, begin = memoryview(raw.numpy()), unique.tolist(), 0
+        width = info.shape[1] * ITEM_BYTES[info.dtype]
+        raw = byte_buffer(len(unique) * width)
+        view, wanted, begin = memoryview(raw), unique.tolist(), 0
         for i in range(1, len(wanted) + 1):
             if i == len(wanted) or wanted[i] != wanted[i - 1] + 1:
                 self._fill(view[begin * width : i * width], info, wanted[begin] * width)
                 begin = i
-        found = raw.view(TORCH_DTYPES[info.dtype]).reshape(len(unique), info.shape[1])
+        found = _tensor(raw, info.dtype, (len(unique), info.shape[1]))
         return found if torch.equal(unique, rows) else found[inverse]
 
     def chunks(self, name: str, nbytes: int = 8 << 20) -> Iterator[memoryview]:
         """The tensor's bytes in order, at most `nbytes` at a time; every piece is a view of one reused buffer."""
         info = self.tensors[name]
-        buffer = memoryview(_buffer(min(nbytes, info.nbytes)).numpy())
+        buffer = memoryview(byte_buffer(min(nbytes, info.nbytes)))
         for offset in range(0, info.nbytes, nbytes):
             piece = buffer[: min(nbytes, info.nbytes - offset)]
             self._fill(piece, info, offset)
@@ -150,6 +157,14 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _tensor(raw: np.ndarray, code: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Bytes as a tensor that keeps them."""
+    import torch
+
+    dtype = header.TORCH_DTYPES[code]
+    return torch.from_numpy(raw).view(dtype).reshape(shape) if len(raw) else torch.empty(shape, dtype=dtype)
 
 
 def open_checkpoint(path: Path, role: str) -> Checkpoint:

@@ -15,11 +15,12 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..memory import format_size
+
+if TYPE_CHECKING:
+    import torch
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own bound
 JSON_LIMIT = 100_000_000  # bytes of an index or a config.json
@@ -34,9 +35,19 @@ _CODES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+ITEM_BYTES = dict.fromkeys(_CODES, 1) | dict.fromkeys(("F64", "C64", "I64", "U64"), 8)
+ITEM_BYTES |= dict.fromkeys(("F32", "I32", "U32"), 4) | dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
 _short = reprlib.Repr().repr  # of what a hostile file may make as long as it likes
-# older torch lacks some of the small floats: a checkpoint that holds them is then refused by name, not misread
-TORCH_DTYPES: dict[str, torch.dtype] = {c: getattr(torch, t) for c, t in _CODES.items() if hasattr(torch, t)}
+TORCH_DTYPES: dict[str, torch.dtype]  # safetensors code -> dtype
+
+
+def __getattr__(name: str) -> Any:
+    """TORCH_DTYPES, at its first use: checking headers and copying bytes need no torch, which takes a second."""
+    if name != "TORCH_DTYPES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import torch
+
+    return globals().setdefault(name, {code: getattr(torch, dtype) for code, dtype in _CODES.items()})
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class TensorInfo:
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor with this safetensors dtype code and shape."""
-    return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    return math.prod(shape) * ITEM_BYTES[dtype]
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,8 +166,8 @@ def _entry(file: Path, name: str, entry: Any, base: int, problems: list[str]) ->
         found = sorted(entry) if isinstance(entry, dict) else entry
         return wrong(f"wants the keys dtype, shape and data_offsets, found {_short(found)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
-        return wrong(f"unknown dtype {_short(dtype)}, known are {', '.join(TORCH_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        return wrong(f"unknown dtype {_short(dtype)}, known are {', '.join(ITEM_BYTES)}")
     if not naturals(shape):
         return wrong(f"the shape must be a list of integers >= 0, found {_short(shape)}")
     if len(shape) > _DIMENSIONS:

@@ -14,18 +14,21 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..errors import InputError, ResourceError, listed
+from ..errors import ResourceError, listed
 from ..memory import format_size
 from .checkpoint import INDEX, Checkpoint
 from .claim import STATE, Claim
-from .header import TORCH_DTYPES, TensorInfo, encode_header, tensor_bytes
+from .disk import pieces, reserve, sync_folder
+from .header import ITEM_BYTES, TensorInfo, encode_header, tensor_bytes
 
-_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
+if TYPE_CHECKING:
+    import torch
+
+_PIECE = 1 << 20  # bytes of a copy at a time where the kernel cannot copy by itself
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,15 @@ def plan_shards(tensors: Sequence[OutTensor], shard_bytes: int) -> dict[str, lis
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    return {n: sorted(s, key=lambda t: -TORCH_DTYPES[t.dtype].itemsize) for n, s in zip(names, shards, strict=True)}
+    return {n: sorted(s, key=lambda t: -ITEM_BYTES[t.dtype]) for n, s in zip(names, shards, strict=True)}
 
 
 class CheckpointWriter:
     """Writes one checkpoint into `out`. A context manager: leaving it without `finish` removes all that it created.
 
-    `files` are the final names, `bytes_written` the bytes handed to the kernel so far. `write` and `copy` may be
-    called from several threads, which must have ended before `finish` or `abort`. Raises InputError where `out`
-    cannot be used, ResourceError where the disk cannot.
+    `files` are the final names, `bytes_written` the bytes handed to the kernel so far. What writes
+    tensors may be called from several threads, which must have ended before `finish` or `abort`. Raises InputError
+    where `out` cannot be used, ResourceError where the disk cannot.
     """
 
     def __init__(self, out: Path, tensors: Sequence[OutTensor], shard_bytes: int) -> None:
@@ -78,6 +81,7 @@ class CheckpointWriter:
             self._place |= {tensor: (name, offset) for tensor, offset in offsets.items()}
         self._shards, self._side = list(headers), []
         self._fds: dict[str, int] = {}
+        self._left: dict[str, int] = {}  # tensor that is filled by pieces -> bytes still to come
         self._done: dict[str, bool] = {}  # tensor -> False while it is being written, then True
         self._mutex, self._claim, self._open = threading.Lock(), Claim(self.out), True
         self._needed, self._free = sum(size for _, size in headers.values()), 0
@@ -96,7 +100,11 @@ class CheckpointWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put a CPU tensor of any contiguity in place, in any order; a non-contiguous one is copied once."""
-        code = _CODES.get(tensor.dtype, str(tensor.dtype))
+        import torch
+
+        from .header import TORCH_DTYPES
+
+        code = next((c for c, dtype in TORCH_DTYPES.items() if dtype == tensor.dtype), str(tensor.dtype))
         file, offset = self._start(name, code, tensor.shape, tensor.device.type)
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         self._put(file, memoryview(raw.numpy()), offset)
@@ -112,6 +120,45 @@ class CheckpointWriter:
                 offset += len(piece)
         self._done[name] = True
 
+    def begin(self, name: str, dtype: str, shape: Sequence[int]) -> None:
+        """Announce a tensor that `put` or `copy_part` fill piece by piece: every byte once, in any order."""
+        self._start(name, dtype, shape, "cpu")
+        self._left[name] = tensor_bytes(dtype, shape)
+        self._filled(name, 0)
+
+    def put(self, name: str, data: memoryview, offset: int) -> None:
+        """Put bytes of a tensor that was begun at a byte offset inside it. ValueError outside of the tensor: a bug."""
+        file, start = self._inside(name, offset, len(data))
+        self._put(file, data, start)
+        self._filled(name, len(data))
+
+    def copy_part(self, name: str, source: Checkpoint, offset: int, nbytes: int) -> None:
+        """`put` of the same bytes of the tensor in a checkpoint, inside the kernel where it can."""
+        info = source.tensors[name]
+        part = replace(info, start=info.start + offset, nbytes=nbytes)
+        file, start = self._inside(name, offset, nbytes)
+        if not self._copy_in_kernel(file, start, source.descriptor(name), part):
+            buffer = memoryview(bytearray(min(nbytes, _PIECE)))
+            for done in range(0, nbytes, _PIECE):
+                piece = buffer[: min(_PIECE, nbytes - done)]
+                source.read_into(name, piece, offset + done)
+                self._put(file, piece, start + done)
+        self._filled(name, nbytes)
+
+    def _inside(self, name: str, offset: int, nbytes: int) -> tuple[str, int]:
+        """(file, byte offset in it) of a piece of a tensor that was begun."""
+        wanted = self._tensors.get(name)
+        size = tensor_bytes(wanted.dtype, wanted.shape) if wanted else 0
+        if not self._open or name not in self._left or offset < 0 or offset + nbytes > size:
+            raise ValueError(f"{name}: not begun, or bytes {offset} to {offset + nbytes} are outside of its {size}")
+        file, start = self._place[name]
+        return file, start + offset
+
+    def _filled(self, name: str, nbytes: int) -> None:
+        with self._mutex:
+            self._left[name] -= nbytes
+            self._done[name] = self._left[name] == 0
+
     def add_file(self, name: str, content: bytes | Path) -> None:
         """Add a side file (config, tokenizer, report …) under a plain name; it is on the disk when this returns."""
         plain = Path(name).name == name and "\n" not in name and not name.endswith(".partial")
@@ -122,7 +169,7 @@ class CheckpointWriter:
         if isinstance(content, bytes):
             self._put(name, memoryview(content), 0)
         else:
-            for offset, piece in _pieces(content):
+            for offset, piece in pieces(content):
                 self._put(name, memoryview(piece), offset)
         self._sync(name)
 
@@ -145,10 +192,10 @@ class CheckpointWriter:
                 self._claim.record(name)
             for name in others:
                 os.rename(self._partial(name), self.out / name)
-            _sync_folder(self.out)  # even a power cut must not keep the last name and lose another
+            sync_folder(self.out)  # even a power cut must not keep the last name and lose another
             os.rename(self._partial(last), self.out / last)
-            _sync_folder(self.out)
-            _sync_folder(self.out.absolute().parent)
+            sync_folder(self.out)
+            sync_folder(self.out.absolute().parent)
         self._open = False
         self._claim.release(discard=False)
 
@@ -188,7 +235,7 @@ class CheckpointWriter:
         for name, (raw, size) in headers.items():
             self._create(name)
             with self._guard(self._partial(name)):
-                _reserve(self._fds[name], size)
+                reserve(self._fds[name], size)
             self._put(name, memoryview(raw), 0)
 
     def _partial(self, name: str) -> Path:
@@ -244,35 +291,3 @@ class CheckpointWriter:
         return (f"{file}: not enough disk: the weights need {format_size(self._needed)} ({self._needed} bytes), "
                 f"{format_size(self._free)} ({self._free} bytes) were free at the start. Free some space, or choose an "
                 "output directory on another disk")
-
-
-def _pieces(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of a side file. InputError if it cannot be read."""
-    offset = 0
-    try:
-        with file.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                yield offset, piece
-                offset += len(piece)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Give the file its size, with the disk blocks behind it where the file system can promise them."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            return os.posix_fallocate(fd, 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-    os.ftruncate(fd, size)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The names in a directory are on the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
