@@ -16,7 +16,7 @@ from torch import Tensor
 _CHUNK_ELEMENTS = 1 << 22  # 16 MiB of fp32: what a chunked loop below holds at a time
 _PROJECT_ELEMENTS = 1 << 19  # 2 MiB: `project` on a CPU stays in the cache, but takes
 _PROJECT_ROWS = 128  # rows at least where there is a basis, or it would do little but read U again for every chunk
-_CHECKED_ROWS = 256  # rows a block whose leak is measured
+CHECKED_ROWS = 256  # rows a block whose leak is measured
 _CACHE_ELEMENTS = 1 << 18  # 1 MiB: on a CPU, row scoring is bound by memory unless a chunk stays in the cache
 
 
@@ -107,31 +107,31 @@ def _project_rows(
     """One chunk of `project`, written to `merged`; `check` chooses the rows whose leak is measured."""
     told = dict.fromkeys(ProjectNorms._fields, torch.zeros((), dtype=torch.float64, device=merged.device))
     scale, kept = rows.double().square(), itm - base
-    told["weight"], told["delta"] = _squares(lrm).sum(), _squares(kept).sum()
+    told["weight"], told["delta"] = row_squares(lrm).sum(), row_squares(kept).sum()
     if basis is not None:
         if cols is not None:
-            told["lost"] = _squares(kept @ basis).sum()
+            told["lost"] = row_squares(kept @ basis).sum()
             kept *= cols
         product = kept @ basis
-        inside = _squares(product)
+        inside = row_squares(product)
         told["lost"] = inside.sum() if cols is None else told["lost"]
         told["inside"], told["sampled"] = scale @ inside, scale[check] @ inside[check]
         kept.addmm_(product, basis.T, alpha=-1)
-        told["leak"] = scale[check] @ _squares(kept[check] @ basis)
+        told["leak"] = scale[check] @ row_squares(kept[check] @ basis)
     elif cols is not None:
         kept *= cols
-    told["applied"] = scale @ _squares(kept)
+    told["applied"] = scale @ row_squares(kept)
     merged.copy_(torch.addcmul(lrm, kept, rows[:, None], value=lam))
     written = merged.to(lrm.dtype)
     if basis is not None:
-        told["written"] = _squares((written[check] - lrm[check]) @ basis).sum()
+        told["written"] = row_squares((written[check] - lrm[check]) @ basis).sum()
     # counting differences takes a third of the time of != and isfinite, which are slow for bf16 on a CPU
     told["changed"] = (written - lrm.to(merged.dtype).to(lrm.dtype)).count_nonzero()
     told["bad"] = (written - written).count_nonzero()  # inf − inf is NaN
     return torch.stack([told[name].double() for name in ProjectNorms._fields])
 
 
-def _squares(x: Tensor) -> Tensor:
+def row_squares(x: Tensor) -> Tensor:
     """‖x_i‖² of every row, in fp64: a row is summed in the dtype of x, rows add up in fp64."""
     return torch.linalg.vector_norm(x, dim=1).double().square()
 
@@ -140,7 +140,7 @@ def _row_chunks(weight: Tensor, blocks: Sequence[Tensor]):
     """(rows, those of them whose leak is measured, basis) over all rows; no chunk crosses a block."""
     out, width = weight.shape
     height = out // max(1, len(blocks))
-    every = max(1, -(-height // _CHECKED_ROWS))
+    every = max(1, -(-height // CHECKED_ROWS))
     budget, least = (_CHUNK_ELEMENTS, 1) if weight.is_cuda else (_PROJECT_ELEMENTS, _PROJECT_ROWS)
     for b, basis in enumerate(blocks or [None]):
         basis = basis if basis is not None and basis.shape[1] else None
@@ -195,10 +195,11 @@ def _attention(q: Tensor, k: Tensor, at: Tensor, scaling: float, window: int | N
             wanted = (q[heads, rows].to(dtype) * scaling).view(len(keys), -1, q.shape[-1])
             scores = (wanted @ keys[:, seen].mT).view(-1, len(rows), seen.stop - first)
             columns = torch.arange(first, seen.stop, device=q.device)
-            hidden = columns > rows[:, None]
+            edge = positions[i] - first  # no row of the chunk ends left of it
+            scores[..., edge:].masked_fill_(columns[edge:] > rows[:, None], float("-inf"))
             if window is not None:
-                hidden |= columns <= rows[:, None] - window
-            yield slice(i, i + step), heads, seen, scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+                scores.masked_fill_(columns <= rows[:, None] - window, float("-inf"))
+            yield slice(i, i + step), heads, seen, scores.softmax(-1)
 
 
 def attended_inputs(q: Tensor, k: Tensor, at: Tensor, x: Tensor, scaling: float, window: int | None = None) -> Tensor:
