@@ -197,7 +197,7 @@ def _attention(q: Tensor, k: Tensor, at: Tensor, scaling: float, window: int | N
             columns = torch.arange(first, seen.stop, device=q.device)
             edge = positions[i] - first  # no row of the chunk ends left of it
             scores[..., edge:].masked_fill_(columns[edge:] > rows[:, None], float("-inf"))
-            if window is not None:
+            if window is not None and seen.stop - window > first:
                 scores.masked_fill_(columns <= rows[:, None] - window, float("-inf"))
             yield slice(i, i + step), heads, seen, scores.softmax(-1)
 

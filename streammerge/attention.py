@@ -86,20 +86,20 @@ class AttentionMass:
 
 def _wanted(samples: Sequence[InstructionSample], batch: Batch, shift: int, device: torch.device) -> _Wanted:
     held = [samples[s].instructions for s in batch.samples]
-    spans = torch.zeros(*batch.ids.shape, max(map(len, held)))
-    entries: list[tuple[tuple[int, int], int, int, float]] = []  # (sample, position), R or U, instruction, share
+    tokens = batch.ids.shape[1]
+    spans = torch.zeros(len(held), tokens, max(map(len, held)))
+    entries: list[tuple[int, int, int, float]] = []  # R or U, position in the flat batch, instruction, share
     counts = [0, 0]
     for b, instructions in enumerate(held):
         for m, instruction in enumerate(instructions):
             spans[b, list(instruction.columns), m] = 1 / len(instruction.columns)
-            for kind, tokens in enumerate((instruction.aligned, instruction.unrelated)):
-                rows = [t - shift for t in tokens if t >= shift]
+            for kind, constrained in enumerate((instruction.aligned, instruction.unrelated)):
+                rows = [b * tokens + t - shift for t in constrained if t >= shift]
+                entries += [(kind, row, m, 1 / len(rows)) for row in rows]
                 counts[kind] += bool(rows)
-                entries += [((b, t), kind, m, 1 / len(rows)) for t in rows]
-    rows = sorted({row for row, *_ in entries})
-    where = {row: n for n, row in enumerate(rows)}
+    kinds, flat, columns, parts = torch.tensor(entries, dtype=torch.float64).view(-1, 4).T
+    rows, where = torch.unique(flat.long(), return_inverse=True)
     shares = torch.zeros(2, len(rows), spans.shape[2], dtype=torch.float64)
-    for row, kind, m, share in entries:
-        shares[kind, where[row], m] = share
-    sample, at = torch.tensor(rows, dtype=torch.long).view(-1, 2).T.contiguous().to(device)
+    shares[kinds.long(), where, columns.long()] = parts
+    sample, at = (rows // tokens).to(device), (rows % tokens).to(device)
     return _Wanted(sample, at, spans.to(device), shares.to(device), (counts[0], counts[1]))
