@@ -8,11 +8,16 @@ code here. Same dtype and same batch: bit-equal to the resident model.
 Attention runs through transformers' SDPA, wrapped under the name `streammerge` so that an observer can see queries
 and keys after rotary embedding, norms and biases, exactly as the model uses them.
 
-Memory: one layer's weights (the caller's), one batch's activations, and the streams' stashes.
+On a CPU several batches pass at once (workers.py), each through a copy of the module tree of its own, which holds no
+weights.
+
+Memory: one layer's weights (the caller's), the activations of one batch a worker, and the streams' stashes.
 """
 
 from __future__ import annotations
 
+import copy
+import queue
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,6 +36,7 @@ from .batches import Batch
 from .errors import InputError, listed
 from .io.checkpoint import Checkpoint
 from .io.stash import Stash
+from .workers import Gates, Workers
 
 ATTENTION = "streammerge"
 
@@ -46,12 +52,16 @@ class AttentionInputs:
 
 
 class Observer(Protocol):
-    """Looks on while a batch passes through a layer."""
+    """Looks on while a batch passes through a layer.
 
-    def on_input(self, batch: int, site: str, x: Tensor) -> None:
+    Batches may pass side by side: a method computes what it wants from its own batch, and returns the rest of its
+    work, whatever touches what batches share. That runs one batch at a time, in batch order.
+    """
+
+    def on_input(self, batch: int, site: str, x: Tensor) -> Callable[[], None]:
         """The input [B, T, in] of the linear modules of a site."""
 
-    def on_attention(self, batch: int, call: AttentionInputs) -> None:
+    def on_attention(self, batch: int, call: AttentionInputs) -> Callable[[], None]:
         """Queries and keys of the layer's attention."""
 
 
@@ -95,19 +105,45 @@ class _Recorder(nn.Module):
 class Stream:
     """One calibration set on its way up through the layers: its batches and where their hidden states are kept."""
 
-    def __init__(self, batches: list[Batch], device: torch.device):
+    def __init__(self, batches: list[Batch], device: torch.device, *, offload: bool = False):
         self.batches = batches
-        self.stash = Stash(device)
+        self.stash = Stash(device, offload=offload)
         self.tokens = sum(sum(b.lengths) for b in batches)
+
+
+class _Carrier:
+    """The module tree without weights: the layers, and the model's forward over recorders. One thread at a time."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        skeleton = getattr(model, model.base_model_prefix).eval()
+        self.norm, skeleton.norm = skeleton.norm, nn.Identity()
+        self.layers = [layer.eval() for layer in skeleton.layers]
+        skeleton.layers = nn.ModuleList(_Recorder(layer) for layer in self.layers)
+        rotary = skeleton.rotary_emb
+        skeleton.rotary_emb = type(rotary)(config=model.config).to(device)  # its buffers are computed, not loaded
+        self._skeleton = skeleton
+
+    def handed_to(self, layer: int, hidden: Tensor) -> dict[str, Any]:
+        """What the model's forward hands to a layer besides the hidden states."""
+        self._skeleton(inputs_embeds=hidden, use_cache=False)
+        return self._skeleton.layers[layer].seen
 
 
 class StreamedModel:
     """The LRM's architecture without its weights.
 
-    `config` is the checkpoint's directory content as transformers reads it; compute runs in `dtype` on `device`.
+    `config` is the checkpoint's directory content as transformers reads it; compute runs in `dtype` on `device`, on a
+    CPU in `workers` threads.
     """
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        device: torch.device,
+        dtype: torch.dtype,
+        workers: Workers | None = None,
+    ):
         try:
             config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
             with torch.device("meta"):
@@ -117,14 +153,12 @@ class StreamedModel:
                              f"({type(error).__name__}: {str(error)[:500]})") from None
         self.checkpoint, self.family, self.device, self.dtype = checkpoint, family, device, dtype
         self._names = _fitting_names(model, checkpoint, family)
-        self._skeleton = getattr(model, model.base_model_prefix).eval()
-        self.norm, self._skeleton.norm = self._skeleton.norm, nn.Identity()
-        self.layers = list(self._skeleton.layers)
-        for layer in self.layers:
-            layer.eval()
-        self._skeleton.layers = nn.ModuleList(_Recorder(layer) for layer in self.layers)
-        rotary = self._skeleton.rotary_emb
-        self._skeleton.rotary_emb = type(rotary)(config=config).to(device)  # its buffers are computed, not loaded
+        self._free: queue.SimpleQueue[_Carrier] = queue.SimpleQueue()
+        self._workers = workers or Workers(1)
+        for tree in [copy.deepcopy(model) for _ in range(self._workers.count - 1)] + [model]:
+            carrier = _Carrier(tree, device)
+            self._free.put(carrier)
+        self._norm = carrier.norm
 
     def embed(self, stream: Stream) -> None:
         """Fill the stream's stash with token embeddings; reads only the rows that occur."""
@@ -133,7 +167,6 @@ class StreamedModel:
         for n, batch in enumerate(stream.batches):
             stream.stash.put(n, table[torch.searchsorted(used, batch.ids).to(self.device)])
 
-    @torch.no_grad()
     def advance(
         self,
         layer: int,
@@ -146,18 +179,24 @@ class StreamedModel:
         """Move every batch of the stream through one layer, in place, and show the observer what passes.
 
         weights: names relative to the layer -> tensors on the device, in the compute dtype. `sites`: the feature
-        sites that the observer wants to see (it always sees the attention).
+        sites that the observer wants to see (it always sees the attention). `tick` hears of each batch's tokens.
         """
-        module = self.layers[layer]
         weights = {name: weights[name] for name in self._names[layer]}
-        for n, batch in enumerate(stream.batches):
-            hidden = stream.stash.fetch(n)
-            self._skeleton(inputs_embeds=hidden, use_cache=False)
-            kwargs = self._skeleton.layers[layer].seen
-            with _watching(module, self.family, n, observer, sites):
-                out = functional_call(module, weights, (hidden,), kwargs, strict=True)
-            stream.stash.put(n, out[0] if isinstance(out, tuple) else out)
-            tick(sum(batch.lengths))
+
+        @torch.no_grad()  # here, since it holds for one thread
+        def carry(n: int, gates: Gates) -> int:
+            carrier = self._free.get()
+            try:
+                hidden, module = stream.stash.fetch(n), carrier.layers[layer]
+                kwargs = carrier.handed_to(layer, hidden)
+                with _watching(module, self.family, n, observer, sites, gates):
+                    out = functional_call(module, weights, (hidden,), kwargs, strict=True)
+                stream.stash.put(n, out[0] if isinstance(out, tuple) else out)
+            finally:
+                self._free.put(carrier)
+            return sum(stream.batches[n].lengths)
+
+        self._workers.run(carry, len(stream.batches), tick)
 
     @torch.no_grad()
     def final_hidden(self, stream: Stream, positions: list[tuple[int, ...]]) -> Tensor:
@@ -168,7 +207,7 @@ class StreamedModel:
         weight = self.checkpoint.read(self.family.norm).to(self.device, self.dtype)
         rows: dict[int, Tensor] = {}
         for n, batch in enumerate(stream.batches):
-            normed = functional_call(self.norm, {"weight": weight}, (stream.stash.fetch(n),))
+            normed = functional_call(self._norm, {"weight": weight}, (stream.stash.fetch(n),))
             for row, sample in enumerate(batch.samples):
                 rows[sample] = normed[row, list(positions[sample])]
         return torch.cat([rows[s] for s in sorted(rows)])
@@ -198,17 +237,24 @@ def _fitting_names(model: nn.Module, checkpoint: Checkpoint, family: Family) -> 
 
 
 @contextmanager
-def _watching(module: nn.Module, family: Family, batch: int, observer: Observer | None, sites: tuple[str, ...]):
+def _watching(
+    module: nn.Module, family: Family, batch: int, observer: Observer | None, sites: tuple[str, ...], gates: Gates
+):
     """Show the observer the inputs of the sites and the attention while one batch passes through `module`."""
     if observer is None:
         yield
         return
+
+    def see(gate: str, shown: Any) -> None:
+        rest = observer.on_attention(batch, shown) if gate == "attention" else observer.on_input(batch, gate, shown)
+        gates.pass_in_order(gate, batch, rest or (lambda: None))
+
     with ExitStack() as stack:
         for site in sites:
             linear = module.get_submodule(family.modules[SITES[site][0]])
-            hook = linear.register_forward_pre_hook(lambda _, args, s=site: observer.on_input(batch, s, args[0]))
+            hook = linear.register_forward_pre_hook(lambda _, args, s=site: see(s, args[0]))
             stack.callback(hook.remove)
         attention = module.get_submodule(family.modules["q"].rpartition(".")[0])
-        attention._streammerge_watcher = lambda call: observer.on_attention(batch, call)
+        attention._streammerge_watcher = lambda call: see("attention", call)
         stack.callback(delattr, attention, "_streammerge_watcher")
         yield

@@ -30,8 +30,10 @@ from .memory import parse_size
 from .plan import Plan, make_plan
 from .progress import Progress
 from .recipe import Recipe
-from .sweep import Run, Streams, surveyed, sweep
+from .run import Run, Streams
+from .sweep import surveyed, sweep
 from .verify import think_loss, verify_output
+from .workers import Workers
 
 _LEAST_EFFECT = 1e-2  # a merge that applies less than this share of ‖Δ‖ is the LRM with extra steps
 _EMPTY = CalibrationSet((), (), (), {})
@@ -55,13 +57,14 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
             memory.give_back()  # the tokenizer's
             dtype = compute_dtype(plan, where)
             estimate = predict(plan, data, where, dtype)
-            model = StreamedModel(plan.lrm, plan.family, where, dtype)
             scratch = out / ".streammerge" / "bases"
             try:
-                streams = Streams.open(data, estimate.tokens_per_batch, where)
-                run = Run(plan, model, data, streams, writer, scratch, progress)
-                swept = _sweep(run)
-                told = _describe(run, swept)
+                with Workers(estimate.workers) as workers:
+                    model = StreamedModel(plan.lrm, plan.family, where, dtype, workers)
+                    streams = Streams.open(data, estimate.tokens_per_batch, where, offload=estimate.offload)
+                    run = Run(plan, model, data, streams, writer, scratch, progress, estimate.ahead, estimate.keep)
+                    _sweep(run)
+                    told = _describe(run)
                 _refuse_unchanged(plan, told["totals"])
                 _copy_rest(plan, writer)
             finally:
@@ -79,7 +82,7 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
                     "kernels": "torch reference",
                     "plan": estimate.as_dict(),
                     "memory": _peaks(where, floor, fresh_meter),
-                    "seconds": {"total": round(time.perf_counter() - began, 3), "sweep": round(swept, 3)},
+                    "seconds": {"total": round(time.perf_counter() - began, 3), "sweep": round(run.meter.seconds, 3)},
                 }
                 _write_report(out, result)
     return result
@@ -126,15 +129,13 @@ def calibrate(plan: Plan, progress: Progress) -> CalibrationSet:
     return replace(data, reasoning=reasoning, instruction=data.instruction if recipe.needs_instruction else ())
 
 
-def _sweep(run: Run) -> float:
-    """Run the sweep under a progress bar; returns its seconds."""
-    began = time.perf_counter()
+def _sweep(run: Run) -> None:
+    """Run the sweep under a progress bar."""
     passes = 2 if surveyed(run.plan) else 1  # the work: token-layers, and one for each layer of a pass
     work = (passes + sum(s.tokens for s in run.streams.all())) * run.plan.layers
     run.progress.start("survey of the LRM, then merge" if passes == 2 else "sweep", work)
     sweep(run)
     run.progress.stop()
-    return time.perf_counter() - began
 
 
 def _copy_rest(plan: Plan, writer: CheckpointWriter) -> None:
@@ -146,13 +147,12 @@ def _copy_rest(plan: Plan, writer: CheckpointWriter) -> None:
         writer.add_file(source.name, source)
 
 
-def _describe(run: Run, seconds: float) -> dict[str, Any]:
+def _describe(run: Run) -> dict[str, Any]:
     """The parts of the report that come from the sweep; computes L_think from its last hidden states."""
     plan, streams = run.plan, run.streams
     loss = {}
     if streams.reference and streams.verification:
         loss = think_loss(run.model, plan.head, run.data.heldout, streams.reference, streams.verification)
-    tokens = sum(s.tokens for s in streams.all())
     return {
         "alpha": report.alpha_summary(run.alphas, plan.recipe.coefficients.bounds),
         "totals": report.totals(run.composed),
@@ -161,8 +161,22 @@ def _describe(run: Run, seconds: float) -> dict[str, Any]:
         "l_think": loss,
         "attention": {str(i): {"alignment": m.alignment.tolist(), "leakage": m.leakage.tolist()}
                       for i, m in sorted(run.masses.items())},
-        "throughput": {"calibration_tokens": tokens, "token_layers_per_second": tokens * plan.layers / seconds},
+        "throughput": _throughput(run),
     }  # fmt: skip
+
+
+def _throughput(run: Run) -> dict[str, Any]:
+    """Rates of the sweep, and its waits: `busy_share` is the device's (None on a CPU), `waiting_share` for weights."""
+    meter, tokens = run.meter, sum(s.tokens for s in run.streams.all())
+    busy = meter.busy
+    return {
+        "calibration_tokens": tokens,
+        "token_layers_per_second": tokens * run.plan.layers / meter.seconds,
+        "bytes_read": meter.nbytes,
+        "bytes_per_second": meter.nbytes / meter.seconds,
+        "waiting_share": meter.waited / meter.seconds,
+        "busy_share": None if busy is None else busy / meter.seconds,
+    }
 
 
 def _unmeasured(data: CalibrationSet) -> list[str]:
