@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 from aot import ARCHS, build
+from streammerge.kernels.project import ELEMENTWISE, GROUP, PRODUCT, SUBTRACT, product_kernel, subtract_kernel
 
-kernels = import_module("streammerge.kernels.project")  # `from streammerge.kernels import project` is the function
 SHARED = {80: 99 * 1024, 90: 227 * 1024}  # the tables' sm_80 rows also serve cards that have less than an A100
 CASES = [("bf16", False), ("bf16", True), ("fp16", True), ("fp32", True)]  # dtype, with D_col
 
@@ -23,16 +21,16 @@ def constants(tiles, **others) -> dict:
 
 
 @pytest.mark.parametrize("dtype, scaled", CASES)
-@pytest.mark.parametrize("arch, columns", sorted(kernels.PRODUCT))
+@pytest.mark.parametrize("arch, columns", sorted(PRODUCT))
 def test_product_kernel(arch, columns, scaled, dtype):
-    tiles = kernels.PRODUCT[arch, columns]
-    assert tiles.cols == columns and tiles.cols % kernels.SUBTRACT[arch].inner == 0  # pass 2 walks over whole steps
+    tiles = PRODUCT[arch, columns]
+    assert tiles.cols == columns and tiles.cols % SUBTRACT[arch].inner == 0  # pass 2 walks over whole steps
     weights = {"itm": f"*{dtype}", "base": f"*{dtype}"}
     floats = dict.fromkeys(("cols", "basis", "product"), "*fp32")
     numbers = dict.fromkeys(("height", "width!", "rank!", "span!", "itm_row!", "base_row!"), "i32")
     fixed = constants(tiles, itm_col=1, base_col=1, SCALED=scaled)
     built = build(
-        kernels.product_kernel, arch, weights | floats | numbers, fixed, num_warps=tiles.warps, num_stages=tiles.stages
+        product_kernel, arch, weights | floats | numbers, fixed, num_warps=tiles.warps, num_stages=tiles.stages
     )
     check(built, arch, tiles)
     assert built.tensor_cores and "tf32" in built.ptx and ("wgmma" in built.ptx) == (arch == 90)
@@ -42,16 +40,16 @@ def test_product_kernel(arch, columns, scaled, dtype):
 @pytest.mark.parametrize("projected", [True, False])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_subtract_kernel(arch, projected, scaled, dtype):
-    tiles = kernels.SUBTRACT[arch] if projected else kernels.ELEMENTWISE
+    tiles = SUBTRACT[arch] if projected else ELEMENTWISE
     weights = dict.fromkeys(("lrm", "itm", "base", "merged"), f"*{dtype}")
     floats = dict.fromkeys(("norms", "rows", "cols", "product", "basis"), "*fp32")
     strides = ("lrm_row!", "itm_row!", "base_row!", "product_row!")
     numbers = {"lam": "fp32"} | dict.fromkeys(("height", "width!", "rank!", *strides), "i32")
     fixed = constants(
-        tiles, lrm_col=1, itm_col=1, base_col=1, rows_step=1, PROJECTED=projected, SCALED=scaled, GROUP=kernels.GROUP
+        tiles, lrm_col=1, itm_col=1, base_col=1, rows_step=1, PROJECTED=projected, SCALED=scaled, GROUP=GROUP
     )
     built = build(
-        kernels.subtract_kernel, arch, weights | floats | numbers, fixed, num_warps=tiles.warps, num_stages=tiles.stages
+        subtract_kernel, arch, weights | floats | numbers, fixed, num_warps=tiles.warps, num_stages=tiles.stages
     )
     check(built, arch, tiles)
     assert built.tensor_cores == projected and ("wgmma" in built.ptx) == (projected and arch == 90)

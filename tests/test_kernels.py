@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from streammerge.kernels import attended_inputs, gram_update, project, span_mass
 from streammerge.kernels import reference as kernels
-from streammerge.kernels.reference import ProjectNorms
+from streammerge.kernels.dispatch import gram_update, project, span_mass
+from streammerge.kernels.reference import ProjectNorms, attended_inputs
 
 # Relative Frobenius error against float64 on the *same* (already rounded) inputs: arithmetic is fp32 for all of them.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
