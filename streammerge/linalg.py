@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels import row_gram
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
@@ -71,6 +73,24 @@ def exact_covariance(cov: Tensor) -> Spectrum:
     """All eigenvectors of C = HᵀH [in, in], largest first; in fp64, since C squares the condition of H."""
     values, vectors = torch.linalg.eigh(cov.double())
     return Spectrum(vectors.flip(1).to(cov.dtype), values.flip(0).clamp(min=0).to(cov.dtype), float(cov.trace()))
+
+
+def leading_rows(rows: Tensor, share: float) -> Spectrum:
+    """The fewest singular directions of rows H [N, in], N ≤ in, that hold `share` of ‖H‖²: from G = H Hᵀ [N, N].
+
+    H = V Σ Uᵀ gives G = V Σ² Vᵀ and U = Hᵀ V Σ⁻¹: all energies are known before any direction is formed. G is summed in
+    fp32 and squares the condition: what lies below 1e-6 of σ²_max is noise. Shares up to 0.999 do not see it (measured
+    over spectra from flat to n^-3, with and without a direction that dominates: the optimum's residual to 1e-6 of it).
+    Holds G in fp32, it and its eigenvectors in fp64. O(N² in + N³) flops.
+    """
+    values, vectors = torch.linalg.eigh(row_gram(rows).double())
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    total = float(rows.square().sum(dtype=torch.float64))
+    rank = energy_rank(Spectrum(vectors, values, total), share)
+    if rank is None:
+        raise ValueError(f"the Gram matrix does not resolve a share of {share}")
+    found = rows.T @ (vectors[:, :rank] / values[:rank].sqrt()).to(rows.dtype)
+    return Spectrum(orthonormalise(found), values[:rank].to(rows.dtype), total)
 
 
 def randomized(

@@ -22,8 +22,10 @@ def built(arch: int, kind: str, wide: bool, update: bool) -> Built:
     """As the sweep calls it: gram_update of gathered rows, or row_gram of all rows, of contiguous features whose width
     is a multiple of 16, their number being anything."""
     how = LAUNCHES[arch, ELEMENTS[kind], wide]
-    sizes = ("width!", "stored!", "depth", "stride_inner!") if update else ("width", "stored!", "depth!", "stride_outer!")
-    types = {"x": f"*{kind}", "index": "*i64", "out": "*fp32", **dict.fromkeys(sizes, "i32"), "stride_row!": "i32"}
+    sizes = ("width!", "depth", "stride_inner!") if update else ("width", "depth!", "stride_outer!")
+    types = {"x": f"*{kind}", "index": "*i64", "out": "*fp32"} | dict.fromkeys(
+        (*sizes, "stored!", "stride_row!"), "i32"
+    )
     constants = {"stride_outer" if update else "stride_inner": 1, "stride_col": 1, "GATHER": 2 if update else 0}
     constants |= {"ADD": update, "BLOCK": how.block, "BLOCK_K": how.block_k, "GROUP": GROUP}
     return build(gram_kernel, arch, types, constants, num_warps=how.num_warps, num_stages=how.num_stages)

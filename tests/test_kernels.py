@@ -49,6 +49,19 @@ def test_gram_update(rows, width, dtype):
     close(cov, start.double() + x.double().T @ x.double(), dtype)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("index", [None, [], [40], [7, 3, 7, 0, 40]])
+def test_grams_of_chosen_rows(index, dtype):
+    x = randn(41, 123, dtype=dtype)
+    index = None if index is None else torch.tensor(index, dtype=torch.long)
+    rows = x.double() if index is None else x.double()[index]
+    close(gram_update(torch.zeros(123, 123), strided(x), index), rows.T @ rows, dtype)
+    found = kernels.row_gram(strided(x), index)
+    assert found.dtype == torch.float32
+    close(found, rows @ rows.T, dtype)
+    assert kernels.row_gram(x.double(), index).dtype == torch.float64
+
+
 def test_gram_update_adds_up_over_parts():
     x, cov = randn(123, 41), torch.zeros(41, 41, dtype=torch.float64)
     for part in x.split(17):

@@ -99,6 +99,32 @@ def test_nothing_but_zeros():
         assert linalg.energy_rank(spectrum, 0.99) == 0
 
 
+@pytest.mark.parametrize("outlier", [1, 100])
+@pytest.mark.parametrize("share", [0.5, 0.97, 0.999])
+@pytest.mark.parametrize("power", [0.0, 0.3, 0.7, 1.5, 3.0])
+@pytest.mark.parametrize("rows, width", [(120, 260), (200, 200)])
+def test_leading_rows_are_the_optimum(rows, width, power, share, outlier):
+    """The Gram's squared condition does not show up to the share that bases take from it."""
+    h = decaying(rows, width, power)
+    left, energies, right = torch.linalg.svd(h, full_matrices=False)
+    energies[0] *= outlier
+    h = (left * energies) @ right
+    found = linalg.leading_rows(h, share)
+    rank = len(found.energies)
+    assert found.vectors.shape == (width, rank)
+    assert_orthonormal(found.vectors)
+    wanted = torch.linalg.svdvals(h.double()).square()
+    torch.testing.assert_close(found.energies.double(), wanted[:rank], rtol=1e-3, atol=1e-6 * float(wanted[0]))
+    assert residual(h, found.vectors) == pytest.approx(optimum(h, rank), rel=1e-4)
+    assert residual(h, found.vectors) <= 1 - share + 1e-6
+    assert optimum(h, rank - 1) > 1 - share - 1e-6, "one direction less would have done"
+
+
+def test_a_gram_refuses_a_share_that_it_does_not_resolve():
+    with pytest.raises(ValueError, match="1.001"):
+        linalg.leading_rows(gaussian(17, 41), 1.001)
+
+
 @pytest.mark.parametrize("is_cov", [False, True])
 @pytest.mark.parametrize("power", [0.3, 0.6, 1.0, 2.0])
 @pytest.mark.parametrize("rows, width", [(300, 200), (120, 260)])
@@ -239,6 +265,29 @@ def test_the_rank_doubles_until_the_energy_is_reached(monkeypatch, is_cov):
     asked.clear()
     steep = basis_of(decaying(420, 400, 2.0), "covariance" if is_cov else "rows", energy=0.95)
     assert asked == [64] and steep.u.shape[1] < 10
+
+
+@pytest.mark.parametrize("options, passes, grams", [
+    ({"energy": 0.97}, [64], 1), ({"energy": 0.999}, [64], 1), ({"energy": 0.9995}, [64, 128, 256, 300], 0),
+    ({"energy": 0.97, "method": "randomized"}, [64, 128, 256, 300], 0), ({"energy": 0.3}, [64], 0),
+    ({"rank": "fixed", "size": 100}, [100], 0), ({"rank": "exact"}, [], 0),
+])  # fmt: skip
+def test_few_rows_are_solved_by_their_gram_where_one_pass_is_not_enough(monkeypatch, options, passes, grams):
+    monkeypatch.setattr(bases, "_DENSE", 16)
+    asked, plain, taken, gram = [], linalg.randomized, [], linalg.leading_rows
+    monkeypatch.setattr(linalg, "randomized", lambda op, rank, *a, **k: asked.append(rank) or plain(op, rank, *a, **k))
+    monkeypatch.setattr(linalg, "leading_rows", lambda *a: taken.append(a) or gram(*a))
+    h = decaying(300, 400, 0.35)
+    found = basis_of(h, **options)
+    assert (asked, len(taken)) == (passes, grams)
+    assert_orthonormal(found.u)
+    assert found.energy == pytest.approx(1 - residual(h, found.u), abs=1e-5)
+    if grams:
+        assert found.u.shape[1] == basis_of(h, method="qr", **options).u.shape[1]
+        asked.clear(), taken.clear()
+        monkeypatch.setattr(bases, "_GRAM_ROWS", 299)
+        assert basis_of(h, **options).u.shape[1] >= found.u.shape[1]
+        assert len(asked) > 1 and not taken, "too many rows for a Gram matrix"
 
 
 def test_large_problems_are_randomized_and_small_ones_dense(monkeypatch):
