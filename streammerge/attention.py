@@ -10,7 +10,7 @@ rows are scored: memory O(rows x spans) a head, never [H, T, T].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,18 +58,23 @@ class AttentionMass:
         self._sums = torch.zeros(2, self._heads, dtype=torch.float64)
         self._counts = [0, 0]
 
-    def on_input(self, batch: int, site: str, x: Tensor) -> None:
+    def on_input(self, batch: int, site: str, x: Tensor) -> Callable[[], None]:
         """Attention needs no module inputs."""
+        return lambda: None
 
-    def on_attention(self, batch: int, call: AttentionInputs) -> None:
+    def on_attention(self, batch: int, call: AttentionInputs) -> Callable[[], None]:
         """Score the rows that matter in every sample of the batch."""
         if batch not in self._wanted:
             self._wanted[batch] = _wanted(self._samples, self._batches[batch], self._shift, call.q.device)
         wanted = self._wanted[batch]
         mass = span_mass(call.q, call.k, wanted.sample, wanted.at, wanted.spans, call.scaling, call.window)
         sums = torch.einsum("snm,nhm->sh", wanted.shares, mass.double())
-        self._sums = self._sums.to(sums.device) + sums
-        self._counts = [a + b for a, b in zip(self._counts, wanted.counts, strict=True)]
+
+        def add() -> None:
+            self._sums = self._sums.to(sums.device) + sums
+            self._counts = [a + b for a, b in zip(self._counts, wanted.counts, strict=True)]
+
+        return add
 
     def result(self) -> LayerMass:
         """The means over instructions since the last result, so a layer's.

@@ -17,7 +17,7 @@ from .memory import format_size, parse_size, total
 from .plan import Plan
 
 _INTERPRETER = 64 << 20  # what loads after the meter's start: a tokenizer (40 MB for 50k tokens), a family's modules
-_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 22}  # fp32 elements of a weight in hand while it is composed (kernels)
+_CHUNK_CPU, _CHUNK_GPU = 1 << 19, 1 << 22  # fp32 elements of a weight in hand while it is composed (kernels)
 _CHUNKS = 6  # the three weights, the delta, the result, what is measured
 
 
@@ -131,9 +131,10 @@ def _sizes(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.
         passing += 2 * longest**2  # the mask, which plain causal attention does without
     if attended:
         passing += 4 * width * longest  # one sample's inputs of v_proj in fp32
-    composing = largest + 4 * _CHUNKS * max(_CHUNK[device.type], 128 * max(width, attn, wide))
-    if device.type == "cuda":
-        composing += features  # Δ U of all rows, in fp32
+    if device.type == "cpu":
+        composing = largest + 4 * _CHUNKS * max(_CHUNK_CPU, 128 * max(width, attn, wide))
+    else:
+        composing = largest + 4 * _CHUNKS * _CHUNK_GPU + features  # the last is Δ U of all rows
     return _Sizes(
         native=native,
         written=max(native, elements * 4) if plan.recipe.dtype == "float32" else native,

@@ -247,7 +247,7 @@ def _watching(
 
     def see(gate: str, shown: Any) -> None:
         rest = observer.on_attention(batch, shown) if gate == "attention" else observer.on_input(batch, gate, shown)
-        gates.pass_in_order(gate, batch, rest or (lambda: None))
+        gates.pass_in_order(gate, batch, rest)
 
     with ExitStack() as stack:
         for site in sites:

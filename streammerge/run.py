@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .attention import LayerMass
+from .attention import AttentionMass, LayerMass
 from .batches import make_batches
 from .calibration import CalibrationSet
 from .compose import Composed, LayerAlpha
 from .forward import Stream, StreamedModel
 from .io.checkpoint import Checkpoint
 from .io.feed import Feed
+from .io.stash import Stash
 from .io.writer import CheckpointWriter
 from .plan import Plan
 from .progress import Progress
@@ -95,6 +96,8 @@ class Run:
     alphas: dict[int, LayerAlpha] = field(default_factory=dict)
     masses: dict[int, LayerMass] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
+    observer: AttentionMass | None = None  # it knows each batch's rows and spans, so one serves all layers
+    shelf: Stash | None = None  # where v_proj's features wait, layer by layer in the same memory
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def advance(self, layer: int, weights: dict[str, Tensor], stream: Stream | None, **seen) -> None:

@@ -36,6 +36,7 @@ from .errors import InputError, ResourceError
 from .io.checkpoint import TORCH_DTYPES, Checkpoint
 from .io.drain import Drain, on_host
 from .io.feed import Feed
+from .io.stash import Stash
 from .io.writer import CheckpointWriter
 from .linalg import full_precision
 from .memory import give_back
@@ -131,6 +132,8 @@ def survey(run: Run) -> list[LayerAlpha]:
     for stream in (run.streams.reasoning, run.streams.instruction):
         if stream:
             stream.stash.drop()  # the merging pass moves the held-out set alone
+    if run.shelf:
+        run.shelf.drop()
     masses = [run.masses[layer] for layer in layers]
     return alphas(masses, run.plan.recipe.coefficients, run.plan.layout)
 
@@ -152,7 +155,8 @@ def stage_one(run: Run, layer: int, lrm: dict[str, Tensor]) -> LayerBases:
     sites = tuple(site for site, shared in SITES.items() if modules & set(shared))
     attended = recipe.thinking.attended_values and "v" in modules
     kind = feature_kind(recipe.basis)
-    capture = FeatureCapture(run.data.reasoning, stream.batches, run.plan.layout, attended, kind)
+    run.shelf = run.shelf or Stash(run.model.device, offload=True)
+    capture = FeatureCapture(run.data.reasoning, stream.batches, run.plan.layout, attended, kind, run.shelf)
     run.advance(layer, lrm, stream, observer=capture, sites=sites)
     return build_bases(capture, recipe.basis, recipe.seed, layer)
 
@@ -172,10 +176,11 @@ def stage_two(
 def attention_masses(run: Run, layer: int, weights: dict[str, Tensor]) -> LayerMass:
     """The instruction set through one layer; alignment and leakage of its heads."""
     stream = run.streams.instruction
-    rows = run.plan.recipe.coefficients.rows
-    observer = AttentionMass(run.data.instruction, stream.batches, run.plan.layout.heads, rows)
-    run.advance(layer, weights, stream, observer=observer)
-    return observer.result()
+    if run.observer is None:
+        rows = run.plan.recipe.coefficients.rows
+        run.observer = AttentionMass(run.data.instruction, stream.batches, run.plan.layout.heads, rows)
+    run.advance(layer, weights, stream, observer=run.observer)
+    return run.observer.result()
 
 
 def lend(run: Run, layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

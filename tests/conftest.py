@@ -38,6 +38,17 @@ def make_recipe(trio, sets):
     return lambda **extra: parse_recipe(recipe_text(trio, sets, **extra), "test.yml")
 
 
+@pytest.fixture()
+def one_thread():
+    """One thread for each of torch's operators: matrix products then have the same bits wherever they run."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M as LRM with two perturbed copies, bf16, sharded; kept in the user's cache between runs."""

@@ -33,9 +33,9 @@ def watch(model, plan, batches, make_observer, sites):
             for site in sites:
                 linear = layer.get_submodule(plan.family.modules[SITES[site][0]])
                 hooks.append(linear.register_forward_pre_hook(
-                    lambda _, args, o=observer, s=site, n=n: o.on_input(n, s, args[0])))  # fmt: skip
+                    lambda _, args, o=observer, s=site, n=n: o.on_input(n, s, args[0])()))  # fmt: skip
             layer.self_attn._streammerge_watcher = lambda call, o=observer, n=n: o.on_attention(n, AttentionInputs(
-                call.q, call.k, call.scaling, call.window))  # fmt: skip
+                call.q, call.k, call.scaling, call.window))()  # fmt: skip
         with torch.no_grad():
             model.model(input_ids=batch.ids, use_cache=False)
         for hook in hooks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from builders import recipe_text
 from reference_rain import stage_by_stage
 from safetensors import safe_open
 
-from streammerge import merge, parse_recipe
+from streammerge import merge, parse_recipe, pipeline
 from streammerge.estimate import predict
 from streammerge.pipeline import calibrate
 from streammerge.plan import make_plan
@@ -37,8 +38,17 @@ def read_all(out: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def with_workers(monkeypatch, count: int) -> None:
+    """Merges carry `count` batches side by side."""
+    plain = pipeline.predict
+    monkeypatch.setattr(pipeline, "predict", lambda *args: dataclasses.replace(plain(*args), workers=count))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bit_equal_to_stage_by_stage(make_recipe, tmp_path, variant):
+def test_bit_equal_to_stage_by_stage(make_recipe, tmp_path, variant, workers, one_thread, monkeypatch):
+    """Whatever the number of batches that pass side by side, the read-ahead and the order in which they finish."""
+    with_workers(monkeypatch, workers)
     recipe = make_recipe(**VARIANTS[variant])
     report = merge(recipe, tmp_path / "out")
     plan = make_plan(recipe)

@@ -61,7 +61,8 @@ def on_host(tensor: Tensor) -> Callable[[], Tensor]:
     """Call it, on any thread, for the tensor on the host. From a GPU it is copied on a stream of its own, after the
     work that is queued now and beside all that comes later."""
     if tensor.device.type != "cuda":
-        return lambda: tensor
+        host = tensor.cpu()
+        return lambda: host
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(tensor.device))
 

@@ -118,7 +118,7 @@ class Feed:
             stream.wait_event(ready)
             tensor.record_stream(stream)
         self.nbytes += nbytes
-        return tensor
+        return tensor.to(self._device)  # it is there, unless the device is one that nobody reads ahead for
 
     def _run(self) -> None:
         try:
