@@ -11,7 +11,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "merge": "pipeline",
+    "merge": "merging",
     "load_recipe": "recipe",
     "parse_recipe": "recipe",
     "Recipe": "recipe",

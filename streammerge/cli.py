@@ -66,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--host-memory", type=_size, metavar="SIZE", help="host limit, as 16GiB (default: recipe's)")
     merge.add_argument("--tokens-per-batch", type=_tokens, metavar="N", help="calibration tokens in a batch")
     merge.add_argument("--lambda", dest="lam", type=_finite, metavar="λ", help="override the recipe's lambda")
-    merge.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)")
+    merge.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice; all cores "
+                       "for a merge without calibration)")
     _add_output_flags(merge)
     merge.set_defaults(run=_merge)
 
@@ -128,13 +129,6 @@ def _progress(args: argparse.Namespace):
     return Progress("quiet" if args.quiet else "json" if args.log_format == "json" else "auto")
 
 
-def _set_threads(args: argparse.Namespace) -> None:
-    if args.threads is not None:
-        import torch
-
-        torch.set_num_threads(args.threads)
-
-
 def _merge(args: argparse.Namespace) -> None:
     from .recipe import load_recipe
 
@@ -143,11 +137,10 @@ def _merge(args: argparse.Namespace) -> None:
     budget = dataclasses.replace(recipe.budget, **{k: v for k, v in given.items() if v is not None})
     lam = recipe.lam if args.lam is None else args.lam
     recipe = dataclasses.replace(recipe, budget=budget, lam=lam)
-    from .pipeline import merge
+    from .merging import merge
     from .report import print_summary
 
-    _set_threads(args)
-    report = merge(recipe, args.out, device=args.device, progress=_progress(args))
+    report = merge(recipe, args.out, device=args.device, progress=_progress(args), threads=args.threads)
     if not args.quiet and args.log_format == "text":
         print_summary(report, args.out)
     if args.json:
@@ -155,9 +148,12 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    import torch
+
     from .demo.run import demo
 
-    _set_threads(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     demo(args.out, split=args.split, as_json=args.json, progress=_progress(args))
 
 

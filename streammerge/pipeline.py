@@ -6,12 +6,8 @@ is left under a final name: the writer's partial files go, and so does an output
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +16,13 @@ import torch
 
 from . import memory, report
 from .calibration import CalibrationSet, load_calibration
-from .errors import RecipeError, ResourceError, UnchangedError
+from .errors import RecipeError
 from .estimate import predict
+from .finish import peaks, refuse_unchanged, undo_on_error, write_report
 from .forward import StreamedModel
 from .io.checkpoint import TORCH_DTYPES, side_files
 from .io.writer import CheckpointWriter
+from .l_think import think_loss
 from .markers import find_markers, load_tokenizer
 from .memory import parse_size
 from .plan import Plan, make_plan
@@ -32,10 +30,9 @@ from .progress import Progress
 from .recipe import Recipe
 from .run import Run, Streams
 from .sweep import surveyed, sweep
-from .verify import think_loss, verify_output
+from .verify import verify_output
 from .workers import Workers
 
-_LEAST_EFFECT = 1e-2  # a merge that applies less than this share of ‖Δ‖ is the LRM with extra steps
 _EMPTY = CalibrationSet((), (), (), {})
 
 
@@ -65,11 +62,11 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
                     run = Run(plan, model, data, streams, writer, scratch, progress, estimate.ahead, estimate.keep)
                     _sweep(run)
                     told = _describe(run)
-                _refuse_unchanged(plan, told["totals"])
+                refuse_unchanged(plan, told["totals"])
                 _copy_rest(plan, writer)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-            with _undo_on_error(out, writer.files, made):
+            with undo_on_error(out, writer.files, made):
                 writer.finish()
                 result = {
                     **report.inputs(plan),
@@ -81,10 +78,10 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
                     "compute_dtype": str(dtype).removeprefix("torch."),
                     "kernels": "torch reference",
                     "plan": estimate.as_dict(),
-                    "memory": _peaks(where, floor, fresh_meter),
+                    "memory": peaks(str(where), floor, fresh_meter),
                     "seconds": {"total": round(time.perf_counter() - began, 3), "sweep": round(run.meter.seconds, 3)},
                 }
-                _write_report(out, result)
+                write_report(out, result)
     return result
 
 
@@ -184,58 +181,3 @@ def _unmeasured(data: CalibrationSet) -> list[str]:
     if data.heldout:
         return []
     return ["L_think was not measured: it needs held-out samples (calibration.reasoning, calibration.holdout)"]
-
-
-def _refuse_unchanged(plan: Plan, totals: dict[str, float]) -> None:
-    """A merge that did nothing is an error unless asked for (method.md, section 3)."""
-    if plan.recipe.allow_unchanged:
-        return
-    if totals["changed_elements"] and totals["applied_over_delta"] >= _LEAST_EFFECT:
-        return
-    why = f"‖λαΔ⊥‖ is {totals['applied_over_delta']:.2e} of ‖Δ‖ and {totals['changed_elements']} elements changed"
-    if not totals["delta_norm"]:
-        why = f"instruct_model {plan.itm.path} and base_model {plan.base.path} hold the same weights"
-    raise UnchangedError(
-        f"The merge changed nothing: {why}.\nLook at lambda, coefficients.rule (the literal rule gives α ~ 0) and "
-        "basis.rank (a basis of full rank protects everything), or set allow_unchanged: true if you want this."
-    )
-
-
-@contextmanager
-def _undo_on_error(out: Path, files: list[str], made: list[Path]) -> Iterator[None]:
-    """A finished checkpoint that fails its check, or is interrupted in it, does not stay under a final name.
-
-    Only what this run wrote goes: `files` in `out`, and the directories that it `made`, innermost first.
-    """
-    try:
-        yield
-    except BaseException:
-        for name in (*files, report.FILE_NAME, report.FILE_NAME + ".partial"):
-            (out / name).unlink(missing_ok=True)
-        for folder in made:
-            with suppress(OSError):  # somebody else put a file there
-                folder.rmdir()
-        raise
-
-
-def _peaks(device: torch.device, floor: int, fresh: bool) -> dict[str, Any]:
-    """Measured peaks in bytes. `floor` is the resident set at the start: interpreter, torch, transformers. What loads
-    later (a tokenizer, the family's modules) counts as the merge's, and the plan has a term for it."""
-    peak = memory.host_peak()
-    return {
-        "host_peak": peak,
-        "host_beyond_imports": peak - floor,
-        "imports": floor,
-        "device": memory.device_peak(str(device)),
-        "peak_since": "merge began" if fresh else "process began",
-    }
-
-
-def _write_report(out: Path, result: dict[str, Any]) -> None:
-    partial = out / (report.FILE_NAME + ".partial")
-    try:
-        partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
-        os.replace(partial, out / report.FILE_NAME)
-    except OSError as error:
-        raise ResourceError(f"{partial}: the report cannot be written: {error.strerror}; free some space and merge "
-                            "again") from None

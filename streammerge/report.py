@@ -7,33 +7,40 @@ what was calibrated on, α, norms, ranks and leaks of every tensor, L_think, mem
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import platform
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
 import yaml
 
 from . import __version__
-from .compose import Composed, LayerAlpha
 from .memory import format_size
+from .outcome import Composed
 from .plan import Plan
 from .recipe import MODULES, to_yaml
+
+if TYPE_CHECKING:
+    from .compose import LayerAlpha
 
 FILE_NAME = "streammerge_report.json"
 
 
 def alpha_summary(found: dict[int, LayerAlpha], bounds: tuple[float, float]) -> dict[str, Any]:
     """α over all query heads: min, mean, max, the share at a bound, and every value by layer."""
-    heads = torch.stack([a.heads for _, a in sorted(found.items())])
-    at_bound = (heads <= bounds[0]) | (heads >= bounds[1])
+    return alpha_of_heads([a.heads.tolist() for _, a in sorted(found.items())], bounds)
+
+
+def alpha_of_heads(heads: Sequence[Sequence[float]], bounds: tuple[float, float]) -> dict[str, Any]:
+    """`alpha_summary` of plain numbers, by layer and head."""
+    every = [value for row in heads for value in row]
     return {
-        "min": float(heads.min()),
-        "mean": float(heads.mean()),
-        "max": float(heads.max()),
-        "share_at_bounds": float(at_bound.double().mean()),
-        "heads": [[round(v, 6) for v in row] for row in heads.tolist()],
+        "min": min(every),
+        "mean": _mean(every),
+        "max": max(every),
+        "share_at_bounds": _mean(value <= bounds[0] or value >= bounds[1] for value in every),
+        "heads": [[round(value, 6) for value in row] for row in heads],
     }
 
 
@@ -96,8 +103,8 @@ def inputs(plan: Plan) -> dict[str, Any]:
         "streammerge": __version__,
         "recipe": yaml.safe_load(to_yaml(plan.recipe)),
         "models": {c.role: str(c.path) for c in (plan.lrm, plan.itm, plan.base)},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {"transformers": transformers.__version__},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
         "tensors": {"merged": len(plan.merged), "copied": len(plan.copied)},
     }
 

@@ -1,0 +1,71 @@
+"""The end of every merge, whatever its path: was anything changed, the report, and what goes when a check fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from . import memory, report
+from .errors import ResourceError, UnchangedError
+from .plan import Plan
+
+_LEAST_EFFECT = 1e-2  # a merge that applies less than this share of ‖Δ‖ is the LRM with extra steps
+
+
+def refuse_unchanged(plan: Plan, totals: dict[str, float]) -> None:
+    """A merge that did nothing is an error unless asked for (method.md, section 3)."""
+    if plan.recipe.allow_unchanged:
+        return
+    if totals["changed_elements"] and totals["applied_over_delta"] >= _LEAST_EFFECT:
+        return
+    why = f"‖λαΔ⊥‖ is {totals['applied_over_delta']:.2e} of ‖Δ‖ and {totals['changed_elements']} elements changed"
+    if not totals["delta_norm"]:
+        why = f"instruct_model {plan.itm.path} and base_model {plan.base.path} hold the same weights"
+    raise UnchangedError(
+        f"The merge changed nothing: {why}.\nLook at lambda, coefficients.rule (the literal rule gives α ~ 0) and "
+        "basis.rank (a basis of full rank protects everything), or set allow_unchanged: true if you want this."
+    )
+
+
+@contextmanager
+def undo_on_error(out: Path, files: list[str], made: list[Path]) -> Iterator[None]:
+    """A finished checkpoint that fails its check, or is interrupted in it, does not stay under a final name.
+
+    Only what this run wrote goes: `files` in `out`, and the directories that it `made`, innermost first.
+    """
+    try:
+        yield
+    except BaseException:
+        for name in (*files, report.FILE_NAME, report.FILE_NAME + ".partial"):
+            (out / name).unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # somebody else put a file there
+                folder.rmdir()
+        raise
+
+
+def peaks(device: str, floor: int, fresh: bool) -> dict[str, Any]:
+    """Measured peaks in bytes. `floor` is the resident set at the start: interpreter, torch, transformers. What loads
+    later (a tokenizer, the family's modules) counts as the merge's, and the plan has a term for it."""
+    peak = memory.host_peak()
+    return {
+        "host_peak": peak,
+        "host_beyond_imports": peak - floor,
+        "imports": floor,
+        "device": memory.device_peak(device),
+        "peak_since": "merge began" if fresh else "process began",
+    }
+
+
+def write_report(out: Path, result: dict[str, Any]) -> None:
+    partial = out / (report.FILE_NAME + ".partial")
+    try:
+        partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        os.replace(partial, out / report.FILE_NAME)
+    except OSError as error:
+        raise ResourceError(f"{partial}: the report cannot be written: {error.strerror}; free some space and merge "
+                            "again") from None

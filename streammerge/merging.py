@@ -1,0 +1,110 @@
+"""A merge by the shortest path: tensors alone where the recipe needs no data, else the sweep (pipeline.py).
+
+plan -> chunks (merging, copying, writing) -> side files -> verification -> report. Without calibration nothing here
+imports torch. Whatever raises, nothing is left under a final name.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from . import memory, report
+from .finish import peaks, refuse_unchanged, undo_on_error, write_report
+from .io.checkpoint import side_files
+from .io.writer import CheckpointWriter
+from .outcome import Composed
+from .plain import Threads, fit_threads, is_plain, merge_plain
+from .plan import Plan, make_plan
+from .progress import Progress
+from .recipe import Recipe
+from .threads import usable_cores
+from .verify import verify_output
+
+
+def merge(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Merge as the recipe says and write a checkpoint to `out`, a directory that is new or empty.
+
+    `threads`: CPU threads (None: all usable cores, or torch's choice where layers run). Returns the report (also
+    written to `out`/streammerge_report.json). Raises a StreamMergeError that says what to do; `out` then holds nothing.
+    """
+    if not is_plain(recipe) or device not in ("auto", "cpu"):
+        from . import pipeline
+
+        if not is_plain(recipe):
+            if threads:
+                pipeline.torch.set_num_threads(threads)
+            return pipeline.merge(recipe, out, device=device, progress=progress)
+        pipeline.pick_device(device)  # a device that is not there is an error, though a plain merge asks for none
+    return _merge_plain(recipe, Path(out), progress or Progress("quiet"), threads or usable_cores())
+
+
+def _merge_plain(recipe: Recipe, out: Path, progress: Progress, threads: int) -> dict[str, Any]:
+    """The whole of a merge without calibration; returns the report."""
+    began = time.perf_counter()
+    fresh_meter, floor = memory.reset_host_peak(), memory.host_now()
+    with progress:
+        plan = make_plan(recipe)
+        budget = recipe.budget.host_memory
+        limit = 0.9 * memory.total("host") if budget == "auto" else memory.parse_size(budget)
+        fitted = fit_threads(plan, threads, limit or float("inf"))
+        made = [p for p in (out, *out.parents) if not p.exists()]
+        with CheckpointWriter(out, plan.tensors, memory.parse_size(recipe.shard_size)) as writer:
+            started = time.perf_counter()
+            composed = merge_plain(plan, writer, progress, fitted.count)
+            merged = time.perf_counter() - started
+            told = _describe(plan, composed, merged)
+            refuse_unchanged(plan, told["totals"])
+            for source in side_files(plan.lrm.path):
+                writer.add_file(source.name, source)
+            with undo_on_error(out, writer.files, made):
+                writer.finish()
+                result = {
+                    **report.inputs(plan),
+                    **told,
+                    "verified": verify_output(plan, out, fitted.count),
+                    "plan": _predicted(plan, fitted),
+                    "memory": peaks("cpu", floor, fresh_meter),
+                    "seconds": {"total": round(time.perf_counter() - began, 3), "merge": round(merged, 3)},
+                }
+                write_report(out, result)
+    return result
+
+
+def _describe(plan: Plan, composed: dict[str, Composed], seconds: float) -> dict[str, Any]:
+    """The parts of the report that come from the merge; the same keys as of one with calibration."""
+    coefficients = plan.recipe.coefficients
+    heads = [[coefficients.value] * plan.layout.heads] * plan.layers
+    read = sum(c.tensors[name].nbytes for c in (plan.lrm, plan.itm, plan.base) for name in plan.merged)
+    read += sum(plan.lrm.tensors[name].nbytes for name in plan.copied)
+    unmeasured = "L_think was not measured: it needs held-out samples (calibration.reasoning, calibration.holdout)"
+    return {
+        "alpha": report.alpha_of_heads(heads, coefficients.bounds),
+        "totals": report.totals(composed),
+        "modules": report.by_module(plan, composed),
+        "per_tensor": report.per_tensor(composed),
+        "l_think": {},
+        "attention": {},
+        "throughput": {"calibration_tokens": 0, "bytes_read": read, "bytes_per_second": read / seconds},
+        "warnings": [*plan.warnings, unmeasured],
+        "calibration": {"heldout": 0},
+        "device": "cpu",
+        "compute_dtype": "float32",
+        "kernels": "numpy",
+    }
+
+
+def _predicted(plan: Plan, fitted: Threads) -> dict[str, Any]:
+    """What the merge was to take, in bytes, in the form of the sweep's estimate."""
+    host = {f"buffers of {fitted.count} threads": fitted.nbytes}
+    disk = sum(t.nbytes for t in plan.lrm.tensors.values())
+    return {"tokens_per_batch": 0, "device": {}, "host": host, "device_total": 0, "host_total": fitted.nbytes,
+            "disk": disk}  # fmt: skip
