@@ -6,9 +6,9 @@ Every LRM tensor is either merged or copied; nothing is skipped.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from .arch import Family, HeadLayout, family_of, head_layout
 from .errors import InputError, StreamMergeError, listed
@@ -115,7 +115,7 @@ def _open_all(recipe: Recipe) -> list[Checkpoint]:
         problems += wrong
     for kind in ("reasoning", "instruction"):
         name = getattr(recipe.calibration, kind)
-        if name and not Path(name).is_file():
+        if name and not os.path.isfile(name):  # unlike pathlib's, it takes any text
             problems.append(f"calibration.{kind}: {name}: no such file; give a path relative to the recipe")
     if len(problems) == 1:
         raise InputError(problems[0])
@@ -143,11 +143,14 @@ def _bad_numbers(checkpoint: Checkpoint) -> list[str]:
     for key in _SAME[1:]:
         value = config.get(key)
         optional = key in ("num_key_value_heads", "head_dim") and value is None
-        if not optional and (type(value) is not int or value < 1):
+        if not optional and (type(value) is not int or not 0 < value < 2**31):
             found = f"is {str(value)[:40]!r}" if key in config else "is missing"
-            problems.append(f"{where}: {key} {found}; wanted a whole number above 0")
+            problems.append(f"{where}: {key} {found}; wanted a whole number above 0 (and below 2**31)")
     if not problems and config["num_attention_heads"] % (config.get("num_key_value_heads") or 1):
         problems.append(f"{where}: num_attention_heads is no multiple of num_key_value_heads")
+    if not problems and config["num_hidden_layers"] > len(checkpoint.tensors):  # a plan of 10**9 layers never ends
+        problems.append(f"{where}: num_hidden_layers is {config['num_hidden_layers']}; the checkpoint has only "
+                        f"{len(checkpoint.tensors)} tensors")
     return problems
 
 

@@ -8,7 +8,6 @@ checkpoint brings along.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError, listed
 from . import header
 from .disk import byte_buffer
-from .header import ITEM_BYTES, TensorInfo, read_header, strict_json
+from .header import ITEM_BYTES, TensorInfo, read_header, read_json
 from .hub import CODE, OTHER_WEIGHTS, PICKLES, resolve_model
 
 if TYPE_CHECKING:
@@ -176,6 +175,9 @@ def open_checkpoint(path: Path, role: str) -> Checkpoint:
     config = _read_config(path, problems)
     weight_map, files = _find_shards(path, problems)
     tensors: dict[str, TensorInfo] = {}
+    listed_in: dict[str, list[str]] = {}
+    for tensor, shard in (weight_map or {}).items():
+        listed_in.setdefault(shard, []).append(tensor)
     for name in files:
         missing = _bad_file(path, name)
         if missing:
@@ -191,9 +193,9 @@ def open_checkpoint(path: Path, role: str) -> Checkpoint:
             elif weight_map is not None and tensor not in weight_map:
                 problems.append(f"{name}: tensor {tensor!r} is missing from {INDEX}")
             tensors[tensor] = info
-        for tensor, shard in (weight_map or {}).items():
-            if shard == name and tensor not in found:
-                problems.append(f"{INDEX}: tensor {tensor!r} is not in {name}, where the index puts it")
+        for tensor in listed_in.get(name, ()):
+            if tensor not in found:
+                problems.append(f"{INDEX}: tensor {tensor[:200]!r} is not in {name}, where the index puts it")
     if not tensors and files and not problems:
         problems.append(f"{files[0]}: holds no tensor at all")
     if problems:
@@ -208,11 +210,8 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(bad)
         return {}
     try:
-        config = json.loads((path / "config.json").read_text("utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds a {type(config).__name__}, not an object")
-        return config
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path / "config.json")
+    except (OSError, ValueError) as error:
         problems.append(f"config.json: is not valid JSON: {error}")
         return {}
 
@@ -246,7 +245,7 @@ def _read_index(path: Path, problems: list[str]) -> tuple[dict[str, str], list[s
         problems.append(bad)
         return {}, []
     try:
-        weight_map = strict_json((path / INDEX).read_bytes()).get("weight_map")
+        weight_map = read_json(path / INDEX).get("weight_map")
     except (OSError, ValueError) as error:
         problems.append(f"{INDEX}: is not valid JSON: {error}")
         return {}, []
@@ -262,8 +261,8 @@ def _bad_file(path: Path, name: str) -> str | None:
     A link may lead only where the Hub cache leads its own: to the blobs of the same model, or to the store that all
     models of one cache share. Anything else could pull a private file into a published merge.
     """
-    if not name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-        return f"{name!r}: the name leaves the directory: this checkpoint is broken or hostile, do not use it"
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable() or len(name) > 255:
+        return f"{name[:255]!r}: the name leaves the directory, or is none: this checkpoint is broken or hostile"
     file, home = path / name, path.resolve()
     try:
         target = file.resolve(strict=True)
