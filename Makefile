@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench settings trio clean
+.PHONY: help demo test test-slow lint bench settings trio clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       merge the bundled trio and print the comparison"
 	@echo "make test       lint and all tests (under 10 minutes on two cores)"
+	@echo "make test-slow  more than 20,000 damaged inputs (SEED=1; a quarter of an hour at most)"
 	@echo "make lint       ruff"
 	@echo "make bench      measure, and append rows to benchmarks/results"
 	@echo "make settings   score every candidate setting of the demo on the validation split (6 minutes)"
@@ -22,6 +23,10 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-test lint
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton_lane
+
+SEED ?= 1
+test-slow: $(VENV)/ready-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/runner.py --seed $(SEED)
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from .recipe import Recipe
 _SAME = (
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
 ).split()
+_NEEDED = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 _TOLD = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "vocab_size", "sliding_window")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -140,9 +141,9 @@ def _bad_numbers(checkpoint: Checkpoint) -> list[str]:
     config, where = checkpoint.config, f"{checkpoint.role}: {checkpoint.path}/config.json"
     family_of(config, where)
     problems = []
-    for key in _SAME[1:]:
+    for key in (*_SAME[1:], "vocab_size", "max_position_embeddings"):
         value = config.get(key)
-        optional = key in ("num_key_value_heads", "head_dim") and value is None
+        optional = key not in _NEEDED and value is None
         if not optional and (type(value) is not int or not 0 < value < 2**31):
             found = f"is {str(value)[:40]!r}" if key in config else "is missing"
             problems.append(f"{where}: {key} {found}; wanted a whole number above 0 (and below 2**31)")
