@@ -160,7 +160,7 @@ class _Uploader:
                 self._turn = (self._turn + 1) % SLOTS
                 busy.synchronize()  # the copy that used this slot before
                 size = min(SLOT, info.nbytes - start)
-                checkpoint.read_into(memoryview(slot.numpy())[:size], name, start)
+                checkpoint.read_into(name, memoryview(slot.numpy())[:size], start)
                 raw[start : start + size].copy_(slot[:size], non_blocking=True)
                 busy.record(self._stream)
             ready = torch.cuda.Event()
