@@ -18,13 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_SPANS = 8  # spans a program keeps sums for; more are scored again, in a further program
+# Spans a program keeps sums for; more are scored again, in a further program. Sums for 8 cost so many registers that
+# some builds spill, and 2 of the authors' 361 instruction samples have more than 4 instructions.
+_SPANS = 4
 
 
 class Blocks(NamedTuple):
     """A launch configuration."""
 
-    rows: int  # rows x query heads a tile
+    lanes: int  # rows x query heads a tile
     columns: int
     dims: int  # of the head dimension at a time, a power of 2; queries stay in place where that is all of it
     warps: int
@@ -34,17 +36,16 @@ class Blocks(NamedTuple):
 def blocks_for(dim: int, size: int) -> Blocks:
     """The configuration for a head dimension and an element size of 2 or 4 bytes.
 
-    Chosen by AOT builds for sm_80 and sm_90, not by timings (no GPU was at hand): tiles of 64 rows, one warp group of
-    Hopper's, and the widest column tile that spills no register with a window, odd groups and eight spans. 128 rows
-    spill with four warps, and leave one program a multiprocessor with eight. fp32 operands, split in TF32 parts,
-    spill unless the head dimension is cut up.
+    Chosen by AOT builds for sm_80 and sm_90, not by timings (no GPU was at hand). 64 lanes are one warp group of
+    Hopper's; 128 spill with four warps and leave one program a multiprocessor with eight. Columns: the widest tile
+    that spills nothing with and without a window, for any group and up to four spans. fp32 operands, each split in
+    two TF32 parts, spill unless the head dimension is cut up. All stay below 99 KiB of shared memory, which is what
+    the Ampere, Ada and Blackwell cards have that are not made for data centres.
     """
     padded = max(16, triton.next_power_of_2(dim))
     if size == 4:
         return Blocks(64, 32, min(padded, 32), 4, 3)
-    if dim <= 128:
-        return Blocks(64, 64, padded, 4, 3)
-    return Blocks(64, 64, 256, 4, 2) if dim <= 256 else Blocks(64, 32, 128, 4, 3)
+    return Blocks(64, 64 if padded <= 128 else 32, padded if padded <= 256 else 128, 4, 3)
 
 
 @triton.jit(do_not_specialize=["window", "spans_all", "column_tiles"])
@@ -97,9 +98,9 @@ def _span_mass_kernel(
             scores = tl.dot(queries, tl.trans(loaded), scores, input_precision=PRECISION)
         else:
             for c in range(0, DIM, BLOCK_D):
-                inside = d[None, :] < DIM - c
-                some = tl.load(lanes + c * q_d, mask=inside, other=0.0)
-                loaded = tl.load(tile + c * k_d, mask=real[:, None] & inside, other=0.0)
+                rest = d[None, :] < DIM - c
+                some = tl.load(lanes + c * q_d, mask=rest, other=0.0)
+                loaded = tl.load(tile + c * k_d, mask=real[:, None] & rest, other=0.0)
                 scores = tl.dot(some, tl.trans(loaded), scores, input_precision=PRECISION)
         scores *= scale
         hidden = columns[None, :] > position[:, None]
@@ -140,8 +141,8 @@ def launch_constants(
     block_s = min(_SPANS, triton.next_power_of_2(m))
     precision = "tf32x3" if dtype == torch.float32 else "tf32"  # of fp32 operands; 16-bit ones are taken as they are
     return blocks, {
-        "GROUP": group, "HEADS": min(group, blocks.rows), "DIM": dim, "WINDOWED": windowed, "PRECISION": precision,
-        "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_D": blocks.dims, "BLOCK_S": block_s,
+        "GROUP": group, "HEADS": min(group, blocks.lanes), "DIM": dim, "WINDOWED": windowed, "PRECISION": precision,
+        "BLOCK_M": blocks.lanes, "BLOCK_N": blocks.columns, "BLOCK_D": blocks.dims, "BLOCK_S": block_s,
     }  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def span_mass(
     group, sample, at = heads // key_heads, sample.contiguous(), at.contiguous()
     blocks, constants = launch_constants(q.dtype, dim, group, m, window is not None)
     together = constants["HEADS"]
-    tiles = _row_tiles(sample, batch, blocks.rows // together)
+    tiles = _row_tiles(sample, batch, blocks.lanes // together)
     column_tiles = triton.cdiv(tokens, blocks.columns)
     busy = torch.nn.functional.pad((spans != 0).any(-1), (0, column_tiles * blocks.columns - tokens))
     busy = busy.view(batch, column_tiles, blocks.columns).any(-1).to(torch.int8)
