@@ -20,9 +20,12 @@ tests/test_aot_project.py asserts it):
 
                         sm_80                         sm_90
     pass 1, r > 64      128x64: 128 / 176, 48 / 80    128x128: 220 / 222, 96 / 128  (wgmma m64n128k8)
-    pass 1, r <= 32     128x32: 227 / 252, 40 / 72    128x32:  218 / 215, 48 / 80   (wgmma m64n32k8)
-    pass 2              128x64: 168 / 166, 48 / 48    128x128: 206 / 228, 96 / 96   (wgmma m64n128k8)
+    pass 1, r <= 64     128x64: the same              128x64:  161 / 158, 64 / 96   (wgmma m64n64k8)
+    pass 1, r <= 32     64x32:  128 / 128, 24 / 40    64x32:   123 / 122, 32 / 48   (wgmma m64n32k8)
+    pass 2              128x64: 168 / 166, 48 / 48    128x128: 208 / 236, 96 / 96   (wgmma m64n128k8)
     pass 2, r = 0       32x128:  92 /  96, 0.5        32x128:   80 /  96, 0.5
+
+The tensor cores add up 32 columns at a time; these sums are added in fp32 outside of them, which round to nearest.
 
 Where few programs would run (v_proj's blocks have 128 rows), pass 1 splits the width and torch adds the parts up.
 Nothing is atomic: results are deterministic. Beyond W*, it holds P (a few times for small weights), a copy of U padded
@@ -53,11 +56,12 @@ class Tiles(NamedTuple):
 
 
 # By (architecture, columns of U a tile). Chosen by what the compiler reports, not by timings (no GPU was at hand): the
-# largest tile that spills nothing for any dtype. On sm_80 pass 2 at 128 x 128 spills (456 bytes a thread).
+# largest tile that spills nothing for any dtype; a narrow U is bound by memory and gets more, smaller programs. On
+# sm_80 pass 2 at 128 x 128 spills (456 bytes a thread).
 PRODUCT = {
-    (80, 32): Tiles(128, 32, 32, 4, 3),
+    (80, 32): Tiles(64, 32, 32, 4, 3),
     (80, 64): Tiles(128, 64, 32, 8, 3),
-    (90, 32): Tiles(128, 32, 32, 4, 3),
+    (90, 32): Tiles(64, 32, 32, 4, 3),
     (90, 64): Tiles(128, 64, 32, 8, 3),
     (90, 128): Tiles(128, 128, 32, 8, 3),
 }
@@ -154,7 +158,7 @@ def project(
     """As `reference.project`: (W* [out, in] in `dtype`, the fields of `ProjectNorms` in fp64); fp32, fp16 and bf16."""
     merged = torch.empty(lrm.shape, dtype=dtype, device=lrm.device)
     norms = torch.zeros(len(ProjectNorms._fields), dtype=torch.float64, device=lrm.device)
-    scale, columns = rows.float().contiguous(), None if bool((cols == 1).all()) else cols.float().contiguous()
+    scale, columns = rows.float(), None if bool((cols == 1).all()) else cols.float().contiguous()
     height = lrm.shape[0] // max(1, len(blocks))
     with torch.cuda.device_of(lrm):
         for b, basis in enumerate(blocks or [None]):

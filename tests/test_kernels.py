@@ -213,6 +213,21 @@ def test_norms(monkeypatch, scaled, blocks, chunk, dtype):
     assert found.written == pytest.approx(wanted.written, rel=1e-4, abs=1e-9)
 
 
+def test_a_basis_that_is_not_orthonormal_leaks():
+    three, u = weights(1539, 41), 0.9 * basis(41, 9)
+    call = (*three, [u], torch.rand(1539), torch.rand(41), 0.3)
+    merged, told = project(*call, torch.float32)
+    found, wanted = ProjectNorms(*told.tolist()), ProjectNorms(*measured(*call, merged).tolist())
+    assert found.leak == pytest.approx(wanted.leak, rel=1e-5) and found.leak > 1e-3 * found.sampled
+    assert found.written == pytest.approx(0.3**2 * wanted.leak, rel=1e-4)
+
+
+def test_overflow_of_the_written_dtype_is_counted():
+    merged, told = project(*weights(41, 123), [basis(123, 7)], torch.ones(41), torch.ones(123), 3e4, torch.float16)
+    bad = int((~merged.isfinite()).sum())
+    assert 0 < bad < merged.numel() and ProjectNorms(*told.tolist()).bad == bad
+
+
 def test_each_row_block_has_its_own_basis():
     """v_proj: block b of the rows is protected in the span of basis b, and of no other."""
     lrm, itm, base = weights(12, 41)

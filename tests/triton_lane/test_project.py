@@ -124,6 +124,15 @@ def test_a_split_width_adds_up(monkeypatch):
     assert grids == [4, 4, 3]  # D_col takes a second product, for ‖Δ U‖; the last split of each is a ragged one
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_leak_of_a_basis_that_is_not_orthonormal(blocks):
+    """A leak that is no rounding, measured on a part of the rows: λ is not in it, D_row is."""
+    given = call(600, 41, [7] * blocks)
+    given[3][:] = [0.9 * u for u in given[3]]
+    found, twin = (ProjectNorms(*project(*given, torch.float32, impl=i)[1].tolist()) for i in ("triton", "torch"))
+    assert found.leak == pytest.approx(twin.leak, rel=1e-4) and found.leak > 1e-3 * found.sampled
+
+
 def test_overflow_is_counted():
     lrm, itm, base, bases, rows, cols, _ = call(41, 123, [7])
     merged, told = project(lrm, itm, base, bases, rows, cols, 1e7, torch.float16, impl="triton")
