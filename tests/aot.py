@@ -13,13 +13,18 @@ ARCHS = (80, 90)
 
 @dataclass(frozen=True)
 class Built:
-    """One kernel for one architecture. Bytes a thread (`stack`, `local`: spills live there) and a program (`shared`)."""
+    """One kernel for one architecture. Bytes a thread (`stack`, `local`) and a program (`shared`)."""
 
     ptx: str
     registers: int
     stack: int
     local: int
     shared: int
+
+    @property
+    def spills(self) -> int:
+        """Bytes a thread of registers that found no room. Triton's show up as stack: local stays 0 beside 816 of it."""
+        return self.stack + self.local
 
     @property
     def tensor_cores(self) -> bool:
