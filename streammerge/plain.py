@@ -1,4 +1,4 @@
-"""Merges that need no data: W* = W_R + λ α (W_I − W_B) chunk by chunk, at the speed of the disk.
+"""Merges that need no data: W* = W_R + λ (W_I − W_B) chunk by chunk, at the speed of the disk.
 
 No stream passes through a layer, so layers mean nothing here: each thread takes the next chunk, reads it from the three
 models into buffers of its own, merges it block by block in the core's cache, and puts it in place. What is not merged
@@ -30,15 +30,16 @@ from .recipe import Recipe
 from .threads import in_parallel
 from .verify import non_finite_everywhere
 
-CHUNK = 1 << 20  # elements that are read and written in one call: 2 MB of bf16
-BLOCK = 1 << 16  # elements that are merged at a time: three arrays of 256 KiB stay in a core's cache
+CHUNK = 1 << 19  # elements that are read and written in one call: 1 MB of bf16
+BLOCK = 1 << 17  # elements that are merged at a time: three arrays of 512 KiB stay in the caches
 _COPY = 32 << 20  # bytes that the kernel copies in one call
 _ROW = 8192  # elements of a dot product: long enough to be fast, too short for BLAS to start threads of its own
 
 
 def is_plain(recipe: Recipe) -> bool:
-    """No sample passes through a layer: neither for bases, nor for coefficients, nor to measure L_think."""
-    return not (recipe.calibration.reasoning or recipe.needs_reasoning or recipe.needs_instruction)
+    """No sample passes through a layer: neither for bases, nor for coefficients, nor to measure L_think; and α is 1."""
+    samples = recipe.calibration.reasoning or recipe.needs_reasoning or recipe.needs_instruction
+    return not samples and recipe.coefficients.value == 1
 
 
 class _Chunk(NamedTuple):
@@ -156,26 +157,17 @@ class _Worker:
         squares = _squares(delta), _squares(lrm)
         if None in squares:
             raise _NotFinite(name)
-        task_arithmetic(lrm, delta, *_factors(self._plan, name, wide))
+        task_arithmetic(lrm, delta, self._plan.recipe.lam)
         encode(delta, code, stored[3], other.view(np.float32)[: len(other)])
         if not all_finite(stored[3], code):
             raise _NotFinite(name)
         return _Told(*squares, _changed(stored[0], codes[0], stored[3], code))
 
 
-def task_arithmetic(lrm: np.ndarray, delta: np.ndarray, *factors: np.floating) -> None:
-    """W_R + λ α Δ, in place of Δ: one rounding for each factor and one for the sum, as in kernels.reference.project."""
-    for factor in factors:
-        np.multiply(delta, factor, out=delta)
+def task_arithmetic(lrm: np.ndarray, delta: np.ndarray, lam: float) -> None:
+    """W_R + λ Δ, in place of Δ: the product and the sum are rounded, as in kernels.reference.project."""
+    np.multiply(delta, delta.dtype.type(lam), out=delta)
     np.add(delta, lrm, out=delta)
-
-
-def _factors(plan: Plan, name: str, wide: type) -> list[np.floating]:
-    """λ and α in the order in which the sweep multiplies by them: the columns' α first (o), the rows' last."""
-    lam, alpha = wide(plan.recipe.lam), wide(np.float32(plan.recipe.coefficients.value))
-    if alpha == 1:
-        return [lam]
-    return [alpha, lam] if plan.merged[name].module == "o" else [lam, alpha]
 
 
 def _squares(x: np.ndarray) -> float | None:
@@ -191,31 +183,23 @@ def _squares(x: np.ndarray) -> float | None:
 
 
 def _changed(lrm: np.ndarray, stored_as: str, out: np.ndarray, code: str) -> int:
-    """Elements that differ from the LRM's as stored; a zero's sign counts. Another dtype: compared in the LRM's."""
+    """Elements that differ from the LRM's in the output's dtype; a zero's sign counts."""
     if code != stored_as:
-        narrow = _recoded(lrm, stored_as, code)
-        lrm, out = _recoded(narrow, code, stored_as), _recoded(out, code, stored_as)
-    bits = f"u{lrm.itemsize}"
+        wide = np.empty(len(lrm), np.float64 if "F64" in (code, stored_as) else np.float32)
+        decode(lrm, stored_as, wide)
+        lrm = np.empty_like(out)
+        encode(wide, code, lrm, np.empty(len(out), np.float32))
+    bits = f"u{out.itemsize}"
     return int(np.count_nonzero(lrm.view(bits) != out.view(bits)))
-
-
-def _recoded(words: np.ndarray, code: str, to: str) -> np.ndarray:
-    """Stored elements as another dtype stores them."""
-    wide = np.empty(len(words), np.float64 if "F64" in (code, to) else np.float32)
-    decode(words, code, wide)
-    out = np.empty(len(words), WORDS[to])
-    encode(wide, to, out, np.empty(len(words), np.float32))
-    return out
 
 
 def _composed(plan: Plan, name: str, chunks: list[_Told]) -> Composed:
     """What became of a tensor, from its chunks."""
     delta = math.fsum(c.delta for c in chunks) ** 0.5
-    scale = abs(plan.recipe.lam) * float(np.float32(plan.recipe.coefficients.value))
     return Composed(
         delta=delta,
         kept=delta,
-        applied=scale * delta,
+        applied=abs(plan.recipe.lam) * delta,
         weight=math.fsum(c.weight for c in chunks) ** 0.5,
         inside=0.0,
         leak=0.0,

@@ -22,13 +22,14 @@ from ..errors import ResourceError, listed
 from ..memory import format_size
 from .checkpoint import INDEX, Checkpoint
 from .claim import STATE, Claim
-from .disk import pieces, reserve, sync_folder
+from .disk import pieces, reserve, start_writeback, sync_folder
 from .header import ITEM_BYTES, TensorInfo, encode_header, tensor_bytes
 
 if TYPE_CHECKING:
     import torch
 
 _PIECE = 1 << 20  # bytes of a copy at a time where the kernel cannot copy by itself
+_LARGE = 1 << 18  # bytes worth a system call of their own
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ class CheckpointWriter:
             done = 0
             while done < len(data):
                 done += os.pwrite(self._fds[file], data[done:], offset + done)
-        self._count(len(data))
+        self._count(file, offset, len(data))
 
     def _copy_in_kernel(self, file: str, offset: int, source: int, info: TensorInfo) -> bool:
         """copy_file_range from the descriptor `source`; False where it cannot: reading and writing then says why."""
@@ -264,12 +265,14 @@ class CheckpointWriter:
             if count == 0:
                 return False
             done += count
-        self._count(done)
+        self._count(file, offset, done)
         return True
 
-    def _count(self, nbytes: int) -> None:
+    def _count(self, file: str, offset: int, nbytes: int) -> None:
         with self._mutex:
             self.bytes_written += nbytes
+        if nbytes >= _LARGE:
+            start_writeback(self._fds[file], offset, nbytes)
 
     def _sync(self, file: str) -> None:
         """The file's bytes are on the disk, its descriptor is closed."""
