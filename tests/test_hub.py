@@ -128,3 +128,23 @@ def test_odd_names_are_input_errors(name, cache):
     with pytest.raises(InputError, match="^base_model: ") as caught:
         resolve_model(name, "base_model")
     assert len(str(caught.value)) < 1500
+
+
+def test_links_of_the_cache_lead_into_its_own_blobs_only(tmp_path, cache):
+    """Not to another model's blobs, and not through a blob that is itself a link to a private file."""
+    local = model(tmp_path / "local")
+    files = {n: local / n for n in ("config.json", "model.safetensors")}
+    snapshot, other = hub(cache, "o/mine", "a" * 40, files), hub(cache, "o/other", "b" * 40, files)
+    weights = snapshot / "model.safetensors"
+    own = weights.readlink()
+    weights.unlink()
+    weights.symlink_to((other / "model.safetensors").resolve())
+    with pytest.raises(InputError, match="model.safetensors: is a link that leaves the directory"):
+        open_checkpoint(snapshot, "base_model")
+    weights.unlink()
+    weights.symlink_to(own)
+    blob = snapshot / own
+    blob.resolve().unlink()
+    (snapshot.parents[1] / "blobs" / own.name).symlink_to(local / "model.safetensors")
+    with pytest.raises(InputError, match="model.safetensors: is a link that leaves the directory"):
+        open_checkpoint(snapshot, "base_model")

@@ -81,8 +81,8 @@ def mutate_value(value: Any, dice: random.Random) -> Any:
         owner[key] = json.loads(json.dumps(other[last]))
     elif how == 4:  # another type for the same content
         owner[key] = dice.choice([[old], {"a": old}, str(old), None, bool(old), [old, old]])
-    elif how == 5 and isinstance(old, (int, float)):
-        owner[key] = dice.choice([old + 1, old - 1, -old, old * 2, old + 0.5, str(old)])
+    elif how == 5 and type(old) in (int, float) and abs(old) < 2**64:
+        owner[key] = dice.choice([old + 1, old - 1, -old, old * 2, str(old), [old]])
     else:
         owner[key] = leaf(dice)
     return value

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from builders import recipe_text, save_trio, write_sets
+from builders import FAMILIES, recipe_text, save_trio, write_sets
 from safetensors.torch import save_file
 
 from . import mutators as m
@@ -135,8 +135,10 @@ class Recipe(Target):
 class Trio(Target):
     """A small trio with its sets and recipe, for the targets that need a model."""
 
+    family = "llama"
+
     def build(self) -> None:
-        self.models = save_trio(self.root / "trio", "llama", layers=2, hidden=16)
+        self.models = save_trio(self.root / "trio", self.family, layers=2, hidden=16)
         self.sets = write_sets(self.root, reasoning=6, instruction=4)
         self.file = self.root / "recipe.yml"
         self.file.write_text(recipe_text(self.models, self.sets, **json.loads(json.dumps(RICH))))
@@ -175,18 +177,23 @@ class Calibration(Trio):
         json.dumps(data.notes)
 
 
-class Config(Trio):
-    """config.json of one of the three: the plan, then the model that transformers builds from it."""
+class Config(Target):
+    """config.json of one or all of a trio, of any family: the plan, then the model that transformers builds from it."""
+
+    def build(self) -> None:
+        kinds = [type(family, (Trio,), {"family": family}) for family in FAMILIES]
+        self.trios = [kind(self.root / kind.family) for kind in kinds]
 
     def damage(self, dice: random.Random) -> dict[Path, bytes]:
-        return self.damaged_config(dice)
+        self.trio = dice.choice(self.trios)
+        return self.trio.damaged_config(dice)
 
     def run(self) -> None:
         from streammerge.forward import StreamedModel
         from streammerge.plan import make_plan
         from streammerge.recipe import load_recipe
 
-        plan = make_plan(load_recipe(self.file))
+        plan = make_plan(load_recipe(self.trio.file))
         StreamedModel(plan.lrm, plan.family, torch.device("cpu"), torch.float32)
 
 
@@ -210,6 +217,8 @@ class Tokenizer(Trio):
 
 class Merge(Trio):
     """The whole merge, any of its input files damaged. A refusal leaves nothing under the output's name."""
+
+    family = "qwen3"
 
     def damage(self, dice: random.Random) -> dict[Path, bytes]:
         pool = [self.file, *self.sets.values()]
