@@ -14,10 +14,12 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 
+from streammerge.codec import WORDS, encode
 from streammerge.io.header import encode_header, tensor_bytes
 from streammerge.io.writer import OutTensor, plan_shards
 
@@ -68,21 +70,29 @@ def tensors(about: dict, code: str = "BF16") -> list[OutTensor]:
     return [OutTensor(name, code, size) for name, size in found.items()]
 
 
-def blocks(dtype: torch.dtype) -> dict[str, memoryview]:
+def blocks(code: str) -> dict[str, memoryview]:
     """The block of each role: bytes of _BLOCK elements."""
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(_BLOCK, generator=generator) * _WEIGHT
-    values = {"base": base}
-    for role in ROLES[1:]:
-        values[role] = base + torch.randn(_BLOCK, generator=generator) * _NOISE
-    return {role: memoryview(v.to(dtype).view(torch.uint8).numpy()) for role, v in values.items()}
+    found, base = {}, None
+    for seed, role in enumerate(ROLES):
+        values = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32)
+        base = values * np.float32(_WEIGHT) if base is None else base
+        found[role] = stored(base if role == "base" else base + values * np.float32(_NOISE), code)
+    return found
+
+
+def stored(values: np.ndarray, code: str) -> memoryview:
+    """fp32 values as bytes of a dtype."""
+    out = np.empty(len(values), WORDS[code])
+    encode(values, code, out, np.empty_like(values))
+    return memoryview(out).cast("B")
 
 
 def write(folder: Path, about: dict, block: memoryview, dtype: str) -> int:
     """One checkpoint; returns the bytes of its weights."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    code, ones = CODES[dtype], torch.ones(about["hidden_size"], dtype=getattr(torch, dtype)).view(torch.uint8).numpy()
+    code = CODES[dtype]
+    ones = stored(np.ones(about["hidden_size"], np.float32), code)
     shards, weight_map, total = plan_shards(tensors(about, code), SHARD), {}, 0
     for file, members in shards.items():
         raw, _ = encode_header([(t.name, t.dtype, t.shape) for t in members])
@@ -104,12 +114,15 @@ def write(folder: Path, about: dict, block: memoryview, dtype: str) -> int:
     return total
 
 
-def make_trio(root: Path, shape: str, layers: int | None = None, dtype: str = "bfloat16") -> dict[str, Path]:
-    """base, itm and lrm under `root` -> their folders."""
+def make_trio(
+    root: Path, shape: str, layers: int | None = None, dtype: str = "bfloat16", roles: Sequence[str] = ROLES
+) -> dict[str, Path]:
+    """base, itm and lrm (or some of them) under `root` -> their folders."""
     about = config(shape, layers, dtype)
-    for role, block in blocks(getattr(torch, dtype)).items():
-        write(root / role, about, block, dtype)
-    return {role: root / role for role in ROLES}
+    for role, block in blocks(CODES[dtype]).items():
+        if role in roles:
+            write(root / role, about, block, dtype)
+    return {role: root / role for role in roles}
 
 
 def main() -> None:
