@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from .calibration import CalibrationSet
 from .compose import Composed, LayerAlpha
 from .forward import Stream, StreamedModel
 from .io.checkpoint import Checkpoint
+from .io.drain import Drain
 from .io.feed import Feed
 from .io.stash import Stash
 from .io.writer import CheckpointWriter
@@ -43,7 +45,11 @@ class Streams:
 
     def all(self) -> list[Stream]:
         """Those that exist."""
-        return [s for s in (self.reasoning, self.instruction, self.reference, self.verification) if s]
+        return list(self.named().values())
+
+    def named(self) -> dict[str, Stream]:
+        """Those that exist, by name."""
+        return {name: stream for name, stream in vars(self).items() if stream}
 
 
 @dataclass
@@ -51,29 +57,40 @@ class Meter:
     """Where a sweep's time went. On a GPU `busy` is the time between the events around its work, waits left out."""
 
     waited: float = 0.0  # seconds in which the sweep stood still for weights
+    blocked: float = 0.0  # seconds in which it stood still since what it had merged was not yet written
     nbytes: int = 0  # read from the three models
     seconds: float = 0.0  # the whole sweep
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    _clock: dict[str, float] = field(default_factory=dict)
+    _events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @contextmanager
-    def working(self, device: torch.device) -> Iterator[None]:
-        """Work of the device; costs nothing on a CPU."""
+    def working(self, device: torch.device, part: str) -> Iterator[None]:
+        """Work of the device on a part of the sweep: a stream's name, embedding, bases or composing."""
         if device.type != "cuda":
+            began = time.perf_counter()
             yield
+            self._clock[part] = self._clock.get(part, 0.0) + time.perf_counter() - began
             return
         pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         pair[0].record()
         yield
         pair[1].record()
-        self._events.append(pair)
+        self._events.append((part, *pair))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of work by part: the clock's on a CPU, the device's own on a GPU, which is waited for."""
+        found = dict(self._clock)
+        if self._events:
+            torch.cuda.synchronize()
+        for part, begin, end in self._events:
+            found[part] = found.get(part, 0.0) + begin.elapsed_time(end) / 1e3
+        return found
 
     @property
     def busy(self) -> float | None:
         """Seconds of work on a GPU, None on a CPU. Waits for the device."""
-        if not self._events:
-            return None
-        torch.cuda.synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
+        return sum(self.parts.values()) if self._events else None
 
 
 @dataclass
@@ -103,7 +120,8 @@ class Run:
     def advance(self, layer: int, weights: dict[str, Tensor], stream: Stream | None, **seen) -> None:
         """Move a stream up one layer, if there is one."""
         if stream:
-            with self.meter.working(self.model.device):
+            part = next(name for name, other in self.streams.named().items() if other is stream)
+            with self.meter.working(self.model.device, part):
                 self.model.advance(layer, weights, stream, tick=lambda n: self.progress.advance(n, tokens=n), **seen)
 
     def feed(self, order: Sequence[tuple[Checkpoint, str]]) -> Feed:
@@ -118,3 +136,11 @@ class Run:
         self.meter.nbytes += feed.nbytes - before[1]
         self.progress.advance(nbytes=feed.nbytes - before[1])
         return tensor
+
+    @contextmanager
+    def drain(self) -> Iterator[Drain]:
+        """Takes work to be done behind the sweep's back; left, it waits for what is still to be done."""
+        with Drain(self.ahead) as drain:
+            yield drain
+            began = time.perf_counter()
+        self.meter.blocked += drain.waited + time.perf_counter() - began

@@ -52,13 +52,14 @@ def sweep(run: Run) -> None:
     began = time.perf_counter()
     with full_precision(run.model.device):
         for stream in run.streams.all():
-            run.model.embed(stream)
+            with run.meter.working(run.model.device, "embedding"):
+                run.model.embed(stream)
             if not all(torch.isfinite(stream.stash.fetch(n)).all() for n in range(len(stream.batches))):
                 raise non_finite_everywhere(run.plan)
         known = survey(run) if surveyed(run.plan) else None
         layers = range(run.plan.layers)
         order = [item for layer in layers for item in read_order(run.plan, layer, lrm=layer not in run.kept)]
-        with run.feed(order) as feed, Drain(run.ahead) as drain:
+        with run.feed(order) as feed, run.drain() as drain:
             for layer in layers:
                 run.progress.advance(label=f"merge: layer {layer + 1}/{run.plan.layers}")
                 merge_layer(run, feed, drain, layer, known)
@@ -118,7 +119,7 @@ def survey(run: Run) -> list[LayerAlpha]:
     """The first of two passes: bases (kept on disk) and attention statistics from θ_R alone; α of the whole model."""
     layers = range(run.plan.layers)
     order = [item for layer in layers for item in read_order(run.plan, layer, others=False)]
-    with run.feed(order) as feed, Drain(run.ahead) as drain:
+    with run.feed(order) as feed, run.drain() as drain:
         for layer in layers:
             run.progress.advance(label=f"survey: layer {layer + 1}/{run.plan.layers}")
             lrm = {n: run.take(feed, run.plan.lrm, n) for n in run.plan.layer_tensors(layer)}
@@ -158,7 +159,8 @@ def stage_one(run: Run, layer: int, lrm: dict[str, Tensor]) -> LayerBases:
     run.shelf = run.shelf or Stash(run.model.device, offload=True)
     capture = FeatureCapture(run.data.reasoning, stream.batches, run.plan.layout, attended, kind, run.shelf)
     run.advance(layer, lrm, stream, observer=capture, sites=sites)
-    return build_bases(capture, recipe.basis, recipe.seed, layer)
+    with run.meter.working(run.model.device, "bases"):
+        return build_bases(capture, recipe.basis, recipe.seed, layer)
 
 
 def stage_two(
@@ -204,7 +206,7 @@ def compose_layer(
     for name, itm, base in others:
         module = plan.merged[name].module
         dtype = _DTYPES.get(plan.recipe.dtype) or TORCH_DTYPES[plan.lrm.tensors[name].dtype]
-        with run.meter.working(run.model.device):
+        with run.meter.working(run.model.device, "composing"):
             tensor, told = compose(
                 module, lrm[name], itm, base, bases.of(module), alpha, plan.layout, plan.recipe.lam, dtype
             )

@@ -6,6 +6,7 @@ Memory: at most `limit` bytes handed over and not yet done (or one item, where i
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -16,10 +17,10 @@ from .feed import Closed, Lane
 
 class Drain:
     """A context manager: leaving it waits for all that was handed over, and raises the first error of the thread.
-    Left by an error, it drops what has not begun."""
+    Left by an error, it drops what has not begun. `waited`: seconds that `hand` stood still for room."""
 
     def __init__(self, limit: int):
-        self._lane = Lane(limit)
+        self.waited, self._lane = 0.0, Lane(limit)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="streammerge-drain", daemon=True)
 
@@ -29,10 +30,12 @@ class Drain:
 
     def hand(self, work: Callable[[], None], nbytes: int) -> None:
         """Run `work`, which holds `nbytes`, after all that came before. Raises what earlier work raised."""
+        began = time.perf_counter()
         try:
             self._lane.reserve(nbytes)
         except Closed:
             raise self._error from None  # only a failure closes the lane before the end
+        self.waited += time.perf_counter() - began
         self._lane.put(work, nbytes)
 
     def __exit__(self, kind, *_: object) -> None:
