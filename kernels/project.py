@@ -35,17 +35,18 @@ to whole tiles where r is none, and fp32 copies of at most 256 rows a block, who
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import CHECKED_ROWS, ProjectNorms, row_squares
+from .reference import CHECKED_ROWS, PROJECT_NORMS, row_squares
 
 
-class Tiles(NamedTuple):
+@dataclass(frozen=True)
+class Tiles:
     """A launch: a program's tile of its result, the step of its inner loop, warps, and stages of the pipeline."""
 
     rows: int
@@ -157,7 +158,7 @@ def project(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.project`: (W* [out, in] in `dtype`, the fields of `ProjectNorms` in fp64); fp32, fp16 and bf16."""
     merged = torch.empty(lrm.shape, dtype=dtype, device=lrm.device)
-    norms = torch.zeros(len(ProjectNorms._fields), dtype=torch.float64, device=lrm.device)
+    norms = torch.zeros(len(PROJECT_NORMS), dtype=torch.float64, device=lrm.device)
     scale, columns = rows.float(), None if bool((cols == 1).all()) else cols.float().contiguous()
     height = lrm.shape[0] // max(1, len(blocks))
     with torch.cuda.device_of(lrm):
@@ -173,7 +174,7 @@ def _project_block(
     lam: float,
 ) -> Tensor:  # fmt: skip
     """One block of rows, written to `merged`; returns its norms."""
-    told = dict.fromkeys(ProjectNorms._fields, torch.zeros((), dtype=torch.float64, device=lrm.device))
+    told = dict.fromkeys(PROJECT_NORMS, torch.zeros((), dtype=torch.float64, device=lrm.device))
     if not lrm.numel():
         return torch.stack(list(told.values()))
     padded = product = None
@@ -195,7 +196,7 @@ def _project_block(
         told["sampled"] = scale[check] @ inside[check]
         told["leak"] = row_squares(kept @ padded).sum()
         told["written"] = row_squares((merged[check].float() - lrm[check].float()) @ padded).sum()
-    return torch.stack([told[name] for name in ProjectNorms._fields])
+    return torch.stack([told[name] for name in PROJECT_NORMS])
 
 
 def architecture(device: torch.device) -> int:

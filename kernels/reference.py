@@ -8,7 +8,7 @@ holds in memory beyond its arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ def row_gram(x: Tensor, index: Tensor | None = None) -> Tensor:
     return x @ x.T
 
 
-class ProjectNorms(NamedTuple):
+@dataclass(frozen=True)
+class ProjectNorms:
     """What `project` measures on the way, as squares of Frobenius norms and counts; field order is the tensor's order.
 
     `leak`, `written` and `sampled` are checks: they see at most 256 evenly spaced rows of each block, and only the
@@ -63,6 +64,9 @@ class ProjectNorms(NamedTuple):
     written: float  # ‖(W* − W_R) U‖² of the sampled rows, W* as written
     changed: float  # elements of W* that differ from W_R rounded to the same dtype, or are not finite
     bad: float  # elements of W* that are not finite
+
+
+PROJECT_NORMS = tuple(field.name for field in fields(ProjectNorms))
 
 
 def project(
@@ -85,7 +89,7 @@ def project(
     """
     wide = torch.float64 if torch.float64 in (lrm.dtype, itm.dtype, base.dtype) else torch.float32
     merged = torch.empty(lrm.shape, dtype=dtype, device=lrm.device)
-    norms = torch.zeros(len(ProjectNorms._fields), dtype=torch.float64, device=lrm.device)
+    norms = torch.zeros(len(PROJECT_NORMS), dtype=torch.float64, device=lrm.device)
     rows, cols = rows.to(wide), None if bool((cols == 1).all()) else cols.to(wide)
     for part, check, basis in _row_chunks(lrm, [b.to(wide) for b in blocks]):
         three = (w[part].to(wide) for w in (lrm, itm, base))
@@ -105,7 +109,7 @@ def _project_rows(
     check: slice,
 ) -> Tensor:
     """One chunk of `project`, written to `merged`; `check` chooses the rows whose leak is measured."""
-    told = dict.fromkeys(ProjectNorms._fields, torch.zeros((), dtype=torch.float64, device=merged.device))
+    told = dict.fromkeys(PROJECT_NORMS, torch.zeros((), dtype=torch.float64, device=merged.device))
     scale, kept = rows.double().square(), itm - base
     told["weight"], told["delta"] = row_squares(lrm).sum(), row_squares(kept).sum()
     if basis is not None:
@@ -128,7 +132,7 @@ def _project_rows(
     # counting differences takes a third of the time of != and isfinite, which are slow for bf16 on a CPU
     told["changed"] = (written - lrm.to(merged.dtype).to(lrm.dtype)).count_nonzero()
     told["bad"] = (written - written).count_nonzero()  # inf − inf is NaN
-    return torch.stack([told[name].double() for name in ProjectNorms._fields])
+    return torch.stack([told[name].double() for name in PROJECT_NORMS])
 
 
 def row_squares(x: Tensor) -> Tensor:
