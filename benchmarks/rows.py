@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,12 +21,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """`runs` are the single measurements, in order; `spread` is (largest - smallest) / median."""
+    """`runs` are the single measurements, in order; `spread` is (largest - smallest) / median.
+
+    Without runs, as for what could not run here, both are None, and the note says why.
+    """
 
     what: str
     metric: str  # with its unit: 'wall s', 'peak RSS MB'
-    median: float
-    spread: float
+    median: float | None
+    spread: float | None
     runs: tuple[float, ...]
     note: str
     command: str
@@ -34,15 +37,19 @@ class Row:
     versions: dict
     commit: str
     when: str
+    facts: dict = field(default_factory=dict)  # what a table is made of: shape, variant, error, …
 
 
-def row(what: str, metric: str, runs: Sequence[float], note: str = "") -> Row:
+def row(what: str, metric: str, runs: Sequence[float], note: str = "", facts: dict | None = None) -> Row:
     """The row of these runs, with everything around them filled in."""
-    middle = statistics.median(runs)
-    spread = (max(runs) - min(runs)) / middle if middle else 0.0
+    middle = spread = None
+    if runs:
+        middle = statistics.median(runs)
+        spread = round((max(runs) - min(runs)) / middle, 4) if middle else 0.0
+        middle = round(middle, 4)
     return Row(
-        what, metric, round(middle, 4), round(spread, 4), tuple(round(r, 4) for r in runs), note, command(), machine(),
-        versions(), commit(), datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        what, metric, middle, spread, tuple(round(r, 4) for r in runs), note, command(), machine(),
+        versions(), commit(), datetime.now(timezone.utc).isoformat(timespec="seconds"), facts or {},
     )  # fmt: skip
 
 
@@ -62,7 +69,7 @@ def command() -> str:
 
 
 def machine() -> dict:
-    """CPU, cores, memory, load at this moment (other work on the machine makes timings longer)."""
+    """CPU, cores, memory, load at this moment (other work on the machine makes timings longer); the GPU in use."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
         if info.exists() else []  # fmt: skip
@@ -72,17 +79,32 @@ def machine() -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(pages / 1e9, 1),
         "load": [round(x, 2) for x in os.getloadavg()],
-    }
+    } | _gpu()
+
+
+def _gpu() -> dict:
+    torch = sys.modules.get("torch")  # a benchmark that does not use torch shall not pay for it
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {"gpu": about.name, "gpu_memory_gb": round(about.total_memory / 1e9, 1), "cuda": torch.version.cuda}
 
 
 def versions() -> dict:
-    """Python and the libraries that do the work."""
+    """Python and the libraries that do the work; Triton where it is in use."""
     names = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+    found = {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+    triton = sys.modules.get("triton")
+    return found | ({"triton": triton.__version__} if triton else {})
 
 
 def commit() -> str:
-    """The repository's commit; '+' where the package (the demo apart) differs from it."""
+    """The repository's commit; '+' where the package (the demo apart) differs from it.
+
+    A copy without git's folder does not know: it is told by the environment's COMMIT, or says '?'.
+    """
+    if not (ROOT / ".git").exists():
+        return os.environ.get("COMMIT", "?")
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
