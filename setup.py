@@ -32,7 +32,9 @@ setup(
         "rich>=13",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.14", "gguf>=0.17", "accelerate>=1.10", "setuptools>=77", "hypothesis>=6.100"],
+        "quantized": ["bitsandbytes>=0.50"],
+        "test": ["pytest>=8", "ruff>=0.14", "gguf>=0.17", "accelerate>=1.10", "setuptools>=77", "hypothesis>=6.100",
+                 "bitsandbytes>=0.50"],
     },
     entry_points={"console_scripts": ["streammerge=streammerge.cli:main"]},
 )

@@ -130,6 +130,8 @@ class Recipe:
     coefficients: Coefficients = Coefficients()
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of merged tensors; auto: the LRM's own
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the calibration forwards
+    capture_weights: Literal["native", "int8", "nf4"] = "native"  # the LRM's, in the calibration forwards alone
+    capture_cache: str = "auto"  # where they wait for the next merge of the same LRM
     seed: int = setting(0, least=0)
     shard_size: str = setting("5GB", read=size)
     allow_unchanged: bool = False
@@ -145,6 +147,11 @@ class Recipe:
     def needs_instruction(self) -> bool:
         """Stage 2 runs: coefficients come from attention."""
         return self.merge_method == "rain" and self.coefficients.rule != "uniform"
+
+    @property
+    def surveys(self) -> bool:
+        """A first pass over the LRM alone, for coefficients over the whole model."""
+        return self.needs_instruction and self.coefficients.scope == "model"
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
@@ -182,6 +189,8 @@ def _with_paths(recipe: Recipe, directory: Path) -> Recipe:
         return str(beside) if name and os.path.exists(beside) else name
 
     models = {key: resolve(getattr(recipe, key)) for key in ("base_model", "instruct_model", "reasoning_model")}
+    if recipe.capture_cache not in ("", "auto"):  # it need not exist yet
+        models["capture_cache"] = str(directory.absolute() / os.path.expanduser(recipe.capture_cache))
     sets = {key: resolve(getattr(recipe.calibration, key)) for key in ("reasoning", "instruction")}
     return dataclasses.replace(recipe, **models, calibration=dataclasses.replace(recipe.calibration, **sets))
 
@@ -208,6 +217,13 @@ def _contradictions(recipe: Recipe) -> list[str]:
             out.append(f"coefficients.{key} has no effect with rule: {recipe.coefficients.rule}; drop it")
     if recipe.merge_method == "task_arithmetic" and (recipe.basis, recipe.coefficients) != (Basis(), Coefficients()):
         out.append("basis and coefficients belong to merge_method: rain; task_arithmetic would ignore them: drop them")
+    if recipe.capture_weights != "native" and not (recipe.needs_reasoning or recipe.surveys):
+        out.append("capture_weights has no effect without Stage 1 and with no pass over the LRM alone; drop it")
+    if recipe.capture_cache != "auto" and (recipe.capture_weights == "native" or not recipe.surveys):
+        out.append("capture_cache has no effect without capture_weights: int8 or nf4, and a pass over the LRM alone "
+                   "(coefficients.scope: model, and a rule other than uniform); drop it")
+    if not recipe.capture_cache:
+        out.append("capture_cache is empty; give a directory, or drop it")
     low, high = recipe.coefficients.bounds
     if not 0 <= low <= high:
         out.append(f"coefficients.bounds is [{low}, {high}]; wanted 0 <= low <= high")
