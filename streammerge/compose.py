@@ -63,8 +63,8 @@ def compose(
 ) -> tuple[Tensor, Composed]:
     """Merge one weight [out, in]; returns it rounded to `dtype`, on the device of `lrm`, and what happened."""
     rows, cols = (s.to(lrm.device) for s in scales(module, alpha, layout, lrm.shape))
-    merged, measured = project(lrm, itm, base, [b.u for b in bases], rows, cols, lam, dtype)
-    norms = ProjectNorms(*measured.tolist())  # the only time that the device is waited for
+    merged, measured = project(lrm, itm, base, [b.u.to(lrm.device) for b in bases], rows, cols, lam, dtype)
+    norms = ProjectNorms(*measured.tolist())  # read once, and no chunk by itself: reading waits for the device
     leak, written = ((x / norms.sampled) ** 0.5 if norms.sampled else 0.0 for x in (norms.leak, norms.written))
     return merged, Composed(
         delta=norms.delta**0.5,
