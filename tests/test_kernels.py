@@ -267,7 +267,7 @@ def eager(q, k, sample, at, values, scaling, window=None, dtype=torch.float64):
     return mixed[sample, :, at]
 
 
-ROWS = {0: (0, 3, 17, 18, 40), 2: (7,), 3: (38, 39, 40)}  # sample 1 of 4 has none
+ROWS = {0: (0, 3, 17, 18, 40), 2: (7, 8), 3: (38, 39, 40)}  # sample 1 of 4 has none
 
 
 def call(heads=4, kv_heads=2, tokens=41, dim=12, rows=ROWS, spans=3, dtype=torch.float32):
@@ -305,8 +305,9 @@ def test_chunk_boundaries(monkeypatch, budget, window):
     given = call(rows={0: (0, 3, 4, 17, 18, 39, 40)})
     close(span_mass(*given, 0.3, window), eager(*given, 0.3, window), torch.float32)
     q, k, _, at, _ = given
-    chunks = [(heads, rows) for rows, heads, *_ in kernels._attention(q[0], k[0], at, 0.3, window, torch.float32)]
-    sizes = [(heads.stop - heads.start, len(range(7)[rows])) for heads, rows in chunks]
+    chunks = [found[:3] for found in kernels._attention(q[0], k[0], at, 0.3, window, torch.float32)]
+    assert all(seen.stop == at[rows][-1] + 1 for rows, _, seen in chunks)
+    sizes = [(heads.stop - heads.start, len(at[rows])) for rows, heads, _ in chunks]
     assert sizes == {1: [(2, 1)] * 14, 328: [(2, 4), (2, 3)] * 2, 492: [(2, 6), (2, 1)] * 2, 1 << 20: [(4, 7)]}[budget]
 
 
@@ -326,8 +327,8 @@ def test_rows_see_no_later_column_and_no_other_sample():
     later[3, 39:] = later[1] = 1
     mass = span_mass(q, k, sample, at, later, 0.3)[..., 0]
     sees = (sample == 3) & (at >= 39)
-    assert torch.equal(mass[~sees], torch.zeros(7, 4)) and float(mass[sees].min()) > 0
-    k[2, :, 8:] = k[1] = q[2, :, 8:] = float("nan")
+    assert torch.equal(mass[~sees], torch.zeros(8, 4)) and float(mass[sees].min()) > 0
+    k[2, :, 9:] = k[1] = q[2, :, 9:] = float("nan")
     everything = span_mass(q, k, sample, at, torch.ones(4, 41, 1), 0.3)
     torch.testing.assert_close(everything, torch.ones_like(everything))
 
@@ -342,7 +343,7 @@ def test_large_scores_do_not_overflow():
 def test_no_rows_and_no_spans():
     q, k, sample, at, spans = call()
     assert span_mass(q, k, sample[:0], at[:0], spans, 0.3).shape == (0, 4, 3)
-    assert span_mass(q, k, sample, at, spans[..., :0], 0.3).shape == (9, 4, 0)
+    assert span_mass(q, k, sample, at, spans[..., :0], 0.3).shape == (10, 4, 0)
 
 
 def test_float64_stays():

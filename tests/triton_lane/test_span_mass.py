@@ -80,6 +80,15 @@ def test_spans(m):
     check([*given, spans.to(torch.float16)])
 
 
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("column", [0, 31, 63, 64, 95, 127, 128, 199])
+def test_a_span_of_one_column_is_found_in_its_tile(column, window):
+    """Sample 1 alone has weights, in a single column: the others, and all other tiles of columns, have none."""
+    *given, spans = call(2, 1, tokens=200, dim=16, rows={0: (5, 199), 1: (100, 140, 199)}, m=1)
+    spans.zero_()[1, column] = 1
+    assert float(check([*given, spans], 0.02, window).amax()) > 0 or (window and column < 31)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype):
     """Heads inside positions, positions inside heads, gaps everywhere: the same masses to the last bit."""
