@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import memory, report
+from . import memory, quantized, report
 from .calibration import CalibrationSet, load_calibration
 from .errors import RecipeError
 from .estimate import predict
@@ -44,6 +44,7 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
     """
     out, began, progress = Path(out), time.perf_counter(), progress or Progress("quiet")
     where = pick_device(device)
+    quantized.check(recipe, where)
     fresh_meter, floor = memory.reset_host_peak(), memory.host_now()
     memory.reset_device_peak(where)
     with progress:
@@ -71,7 +72,8 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
                 result = {
                     **report.inputs(plan),
                     **told,
-                    "warnings": [*plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data)],
+                    "warnings": [*plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data),
+                                 *(run.quantized.warnings() if run.quantized else [])],
                     "calibration": data.notes | {"heldout": len(data.heldout)},
                     "verified": verify_output(plan, out),
                     "device": str(where),
@@ -159,6 +161,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "attention": {str(i): {"alignment": m.alignment.tolist(), "leakage": m.leakage.tolist()}
                       for i, m in sorted(run.masses.items())},
         "throughput": _throughput(run),
+        "capture": run.quantized.as_dict() if run.quantized else {"weights": "native"},
     }  # fmt: skip
 
 

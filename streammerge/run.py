@@ -14,6 +14,7 @@ from torch import Tensor
 from .attention import AttentionMass, LayerMass
 from .batches import make_batches
 from .calibration import CalibrationSet
+from .capture_cache import Quantized
 from .compose import Composed, LayerAlpha
 from .forward import Stream, StreamedModel
 from .io.checkpoint import Checkpoint
@@ -116,6 +117,7 @@ class Run:
     observer: AttentionMass | None = None  # it knows each batch's rows and spans, so one serves all layers
     shelf: Stash | None = None  # where v_proj's features wait, layer by layer in the same memory
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    quantized: Quantized | None = None  # the LRM's layers as the calibration forwards see them, if not as stored
 
     def advance(self, layer: int, weights: dict[str, Tensor], stream: Stream | None, **seen) -> None:
         """Move a stream up one layer, if there is one."""

@@ -30,6 +30,7 @@ from .arch import SITES
 from .attention import AttentionMass, LayerMass
 from .bases import LayerBases, SiteBasis, build_bases, feature_kind
 from .capture import FeatureCapture
+from .capture_cache import Quantized
 from .coefficients import alphas
 from .compose import Composed, LayerAlpha, compose
 from .errors import InputError, ResourceError
@@ -50,6 +51,9 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 def sweep(run: Run) -> None:
     """Merge every layer and write it. Fills run.composed, run.alphas, run.masses and run.meter."""
     began = time.perf_counter()
+    if run.plan.recipe.capture_weights != "native":
+        survey_first = surveyed(run.plan)
+        run.quantized = Quantized(run.plan, run.model.device, run.model.dtype, keep=run.keep, survey=survey_first)
     with full_precision(run.model.device):
         for stream in run.streams.all():
             with run.meter.working(run.model.device, "embedding"):
@@ -89,7 +93,7 @@ def merge_layer(run: Run, feed: Feed, drain: Drain, layer: int, known: list[Laye
     if known:
         bases, alpha, others = load_bases(run.scratch, layer, run.model.device), known[layer], pairs()
     else:
-        bases = stage_one(run, layer, weights)
+        bases = stage_one(run, layer, run.quantized.rounded(layer, lrm) if run.quantized else weights)
         others = list(pairs()) if run.plan.recipe.needs_instruction else pairs()  # merged twice, or once
         alpha = stage_two(run, layer, lrm, others, bases)
     run.advance(layer, weights, run.streams.reference)
@@ -108,7 +112,7 @@ def merge_layer(run: Run, feed: Feed, drain: Drain, layer: int, known: list[Laye
 
 def surveyed(plan: Plan) -> bool:
     """The recipe wants coefficients over the whole model, which takes a first pass over the LRM."""
-    return plan.recipe.needs_instruction and plan.recipe.coefficients.scope == "model"
+    return plan.recipe.surveys
 
 
 def _write(writer: CheckpointWriter, name: str, fetch: Callable[[], Tensor]) -> None:
@@ -118,12 +122,12 @@ def _write(writer: CheckpointWriter, name: str, fetch: Callable[[], Tensor]) -> 
 def survey(run: Run) -> list[LayerAlpha]:
     """The first of two passes: bases (kept on disk) and attention statistics from θ_R alone; α of the whole model."""
     layers = range(run.plan.layers)
-    order = [item for layer in layers for item in read_order(run.plan, layer, others=False)]
+    source = run.quantized.order if run.quantized else partial(read_order, run.plan, others=False)
+    order = [item for layer in layers for item in source(layer)]
     with run.feed(order) as feed, run.drain() as drain:
         for layer in layers:
             run.progress.advance(label=f"survey: layer {layer + 1}/{run.plan.layers}")
-            lrm = {n: run.take(feed, run.plan.lrm, n) for n in run.plan.layer_tensors(layer)}
-            weights = lend(run, layer, lrm)
+            lrm, weights = survey_layer(run, feed, drain, layer)
             save_bases(drain, run.scratch, layer, stage_one(run, layer, weights))
             run.masses[layer] = attention_masses(run, layer, weights)
             keep_layer(run, layer, lrm)
@@ -139,10 +143,19 @@ def survey(run: Run) -> list[LayerAlpha]:
     return alphas(masses, run.plan.recipe.coefficients, run.plan.layout)
 
 
+def survey_layer(run: Run, feed: Feed, drain: Drain, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The LRM's layer as stored ({} where only its rounded form is wanted) and as the forward wants it."""
+    if run.quantized:
+        lrm, rounded = run.quantized.survey(layer, partial(run.take, feed), drain)
+        return lrm, lend(run, layer, rounded)
+    lrm = {n: run.take(feed, run.plan.lrm, n) for n in run.plan.layer_tensors(layer)}
+    return lrm, lend(run, layer, lrm)
+
+
 def keep_layer(run: Run, layer: int, lrm: dict[str, Tensor]) -> None:
     """Keep the LRM's layer on the device for the second pass, where there is room for it."""
     nbytes = sum(t.numel() * t.element_size() for t in lrm.values())
-    if run.keep >= nbytes:
+    if lrm and run.keep >= nbytes:
         run.keep -= nbytes
         run.kept[layer] = lrm
 
