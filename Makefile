@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow lint bench settings trio clean
+.PHONY: help demo test test-slow lint bench bench-gpu settings trio clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  more than 20,000 damaged inputs (SEED=1; a quarter of an hour at most)"
 	@echo "make lint       ruff"
 	@echo "make bench      measure, and append rows to benchmarks/results"
+	@echo "make bench-gpu  test the kernels on a GPU and measure them; then python benchmarks/render.py"
 	@echo "make settings   score every candidate setting of the demo on the validation split (6 minutes)"
 	@echo "make trio       train the demo's trio again, into build/trio (half an hour)"
 
@@ -33,6 +34,10 @@ lint: $(VENV)/ready-test
 
 bench: $(VENV)/ready-test
 	$(BIN)/python benchmarks/bench_reference.py
+
+# The environment of `make test` where it is there, or else $(PYTHON): a machine with a GPU may have no package index.
+bench-gpu:
+	@$(if $(wildcard $(VENV)/ready-test),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py $(BENCH)
 
 settings: $(VENV)/ready-test
 	$(BIN)/python benchmarks/demo_settings.py

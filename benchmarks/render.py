@@ -1,8 +1,10 @@
-"""Write the demo's measured table into the README, from benchmarks/results/demo-test.json.
+"""Write the measured tables into the README: the demo's and the kernels', from benchmarks/results.
 
     python benchmarks/render.py
 
-The table stands between two comment lines; tests/test_readme.py fails when it is not the committed result.
+A table stands between two comment lines; tests/test_readme.py and tests/test_bench_kernels.py fail when it is not the
+committed result. The kernels' has the last row of each variant and shape, a table for every GPU; without any, it says
+that it is empty.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
 HEAD = "| model | reasoning | instruction | both | missing `</think>` | L_think |\n|---|---|---|---|---|---|"
+KERNELS_HEAD = "| kernel | model | shape | Triton | twin | best library call | share | auto |\n" + 8 * "|---" + "|"
 
 
 def line(row: dict) -> str:
@@ -24,14 +28,74 @@ def line(row: dict) -> str:
     return f"| {' | '.join([name, *rates, missing, loss])} |"
 
 
-def main() -> None:
-    """Replace what stands between the comment lines."""
-    found = json.loads((ROOT / "benchmarks/results/demo-test.json").read_text())
+def demo() -> str:
+    """The demo's table."""
+    found = json.loads((RESULTS / "demo-test.json").read_text())
     table = "\n".join([HEAD, *map(line, found["rows"])])
     told = "\n".join(f"> {text}" + "  " for text in found["comparisons"])
+    return f"{table}\n\n{told}"
+
+
+def kernel_rows() -> dict[str, dict[tuple, dict[str, dict]]]:
+    """GPU -> (kernel, model, shape) -> variant -> its last row."""
+    found: dict[str, dict[tuple, dict[str, dict]]] = {}
+    for file in sorted(RESULTS.glob("*-kernels.jsonl")):
+        for text in file.read_text().splitlines():
+            row = json.loads(text)
+            facts = row["facts"]
+            if "gpu" in row["machine"] and not facts["quick"]:
+                shapes = found.setdefault(facts["device"], {})
+                shapes.setdefault((facts["kernel"], facts["model"], facts["shape"]), {})[facts["variant"]] = row
+    return found
+
+
+def time_of(row: dict | None) -> str:
+    """A cell: microseconds, or a dash; † where the variant is not exact enough."""
+    if row is None or row["median"] is None:
+        return "–"
+    return f"{row['median']:.0f}" + ("" if row["facts"]["status"] == "ok" else " †")
+
+
+def kernel_line(key: tuple, variants: dict[str, dict]) -> str:
+    """One shape's line. The library is its fastest call that is exact enough, or else its fastest."""
+    calls = [r for name, r in variants.items() if name not in ("Triton", "twin") and r["median"] is not None]
+    best = min(calls, key=lambda r: (r["facts"]["status"] != "ok", r["median"]), default=None)
+    kernel = variants.get("Triton")
+    share = "–" if kernel is None or kernel["median"] is None else f"{100 * kernel['facts']['share']:.0f} %"
+    named = time_of(best) + ("" if best is None else f" ({best['facts']['variant']})")
+    auto = kernel["facts"]["auto"] if kernel else "–"
+    return f"| {' | '.join([*key, time_of(kernel), time_of(variants.get('twin')), named, share, auto])} |"
+
+
+def kernels() -> str:
+    """The kernels' tables, or the line that says that there is none."""
+    found = kernel_rows()
+    if not found:
+        return (
+            "*Empty*: nothing was measured on a GPU yet. `make bench-gpu` and `python benchmarks/render.py` on a machine "
+            "with one fill it.\nUntil then `auto` takes Triton wherever it can run: at which shapes it should take the "
+            "library waits for measurements."
+        )
+    parts = []
+    for gpu, shapes in found.items():
+        facts = next(iter(next(iter(shapes.values())).values()))["facts"]
+        rates = facts["ceilings"]
+        parts += [
+            f"{gpu}, {facts['dtype']}: {rates['matmul']:.0f} TFLOP/s, {rates['tf32']:.0f} in TF32, "
+            f"{rates['copy']:.0f} GB/s. Times in µs; the share is Triton's, of the roofline; † is not exact enough.",
+            "\n".join([KERNELS_HEAD, *(kernel_line(key, variants) for key, variants in shapes.items())]),
+        ]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Replace what stands between the comment lines."""
     readme = ROOT / "README.md"
-    marked = f"<!-- demo -->\n{table}\n\n{told}\n<!-- /demo -->"
-    readme.write_text(re.sub(r"<!-- demo -->.*<!-- /demo -->", lambda _: marked, readme.read_text(), flags=re.DOTALL))
+    text = readme.read_text()
+    for name, table in (("demo", demo()), ("kernels", kernels())):
+        marked = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=marked: new, text, flags=re.DOTALL)
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 def command() -> str:
     """This process's command, with the environment variables that change timings."""
-    told = [f"{k}={os.environ[k]}" for k in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if k in os.environ]
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TRITON_INTERPRET")
+    told = [f"{k}={os.environ[k]}" for k in names if k in os.environ]
     script = Path(sys.argv[0]).resolve()
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else str(script)
     return " ".join([*told, "python", name, *map(shlex.quote, sys.argv[1:])])

@@ -1,0 +1,48 @@
+"""What `make bench-gpu` runs: the kernels' tests on the GPU itself, then every benchmark that needs one.
+
+    python benchmarks/bench_gpu.py [arguments of bench_kernels.py]
+
+Needs a GPU, torch, Triton and pytest, but no network: where the package is not installed, the checkout is used as it
+lies. Each step runs though one before it failed; ends with the first failure's code, and with 2 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def missing() -> str | None:
+    """Why nothing can be measured here."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"{sys.executable} has no torch ({error})"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 is set: kernels would not run on a GPU"
+    return None if torch.cuda.is_available() else f"no GPU: torch {torch.__version__} of {sys.executable} sees none"
+
+
+def main() -> int:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return 0
+    if reason := missing():
+        print(f"bench-gpu: {reason}", file=sys.stderr)
+        return 2
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    steps = [["-m", "pytest", "-p", "checkout", "tests/triton_lane"], ["benchmarks/bench_kernels.py", *sys.argv[1:]]]
+    codes = []
+    for step in steps:
+        print("$ python", *step, flush=True)
+        codes.append(subprocess.run([sys.executable, *step], cwd=HERE.parent, env=env).returncode)
+    return next(filter(None, codes), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
