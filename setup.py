@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["streammerge", "streammerge.io", "streammerge.demo", "streammerge.kernels"],
+    packages=["streammerge", "streammerge.io", "streammerge.demo", "streammerge.bench", "streammerge.kernels"],
     package_dir={"streammerge": "streammerge", "streammerge.kernels": "kernels"},
     package_data={
         "streammerge": ["families/*.json", "py.typed"],
