@@ -3,10 +3,10 @@
     python benchmarks/bench_io.py [--shape 1.5b] [--layers N] [--rounds 5] [--work DIR]
 
 Reading: every tensor by Checkpoint.read_into, into one buffer of a fixed size, by one thread and by one a core.
-Writing: the same tensors by CheckpointWriter.put from one buffer, `finish` (fsync and rename) included; and copied by
-copy_part. Beside them `cat FILES > /dev/null`, `cp -r`, and `cp -r` with `sync` of what it wrote, which is what a
-finished checkpoint can be compared with. All in one process but for cat and cp; each round runs everything once, on a
-warm page cache. Appends GB/s to results/cpu-io.jsonl (--out).
+Writing: the same tensors by CheckpointWriter.put from one buffer, `finish` (fsync and rename) included; and each read
+before it is put. Beside them `cat FILES > /dev/null`, `cp -r`, and `cp -r` with `sync` of what it wrote, which is what
+a finished checkpoint can be compared with. All in one process but for cat and cp; each round runs everything once, on
+a warm page cache. Appends GB/s to results/cpu-io.jsonl (--out).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read(model: Checkpoint, threads: int) -> None:
 
 
 def write(model: Checkpoint, out: Path, threads: int, *, copy: bool) -> None:
-    """A checkpoint of the same tensors: copied, or put from a buffer that is not filled anew."""
+    """A checkpoint of the same tensors: copies, or put from a buffer that is not filled anew."""
     tensors = [OutTensor(t.name, t.dtype, t.shape) for t in model.tensors.values()]
     with CheckpointWriter(out, tensors, 5 * 10**9) as writer:
         for t in tensors:
@@ -57,9 +57,15 @@ def write(model: Checkpoint, out: Path, threads: int, *, copy: bool) -> None:
 
         def start() -> Callable:
             buffer = memoryview(byte_buffer(PIECE))
-            if copy:
-                return lambda piece: writer.copy_part(piece[0], model, piece[1], piece[2]) or piece[2]
-            return lambda piece: writer.put(piece[0], buffer[: piece[2]], piece[1]) or piece[2]
+
+            def work(piece: tuple[str, int, int]) -> int:
+                name, at, size = piece
+                if copy:
+                    model.read_into(name, buffer[:size], at)
+                writer.put(name, buffer[:size], at)
+                return size
+
+            return work
 
         in_parallel(pieces(model), start, threads)
         writer.finish()
@@ -78,7 +84,7 @@ def contestants(model: Checkpoint, out: Path) -> dict[str, Callable[[], object]]
     found |= {"cp": shell('cp -r "$0" "$1"'), "cp and sync": shell('cp -r "$0" "$1" && sync "$1"/*')}
     for n in dict.fromkeys((1, cores)):
         found[f"put and finish, {n} threads"] = lambda n=n: write(model, out, n, copy=False)
-        found[f"copy_part and finish, {n} threads"] = lambda n=n: write(model, out, n, copy=True)
+        found[f"read_into, put and finish, {n} threads"] = lambda n=n: write(model, out, n, copy=True)
     return found
 
 

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from rows import RESULTS, append, row
-from synthetic import SHAPES, make_trio
+from synthetic import ROLES, SHAPES
 from timing import Timed, timed
 
 LAMBDA = 0.7
@@ -30,10 +30,13 @@ LAMBDA = 0.7
 
 def mergekit_settings() -> dict[str, tuple[dict[str, str], list[str]]]:
     """What is tried of mergekit: label -> environment, arguments."""
-    threads = {f"OMP_NUM_THREADS={n}": ({"OMP_NUM_THREADS": str(n)}, []) for n in (1, 2)}
-    jobs = {f"OMP_NUM_THREADS=1 -j {n}": ({"OMP_NUM_THREADS": "1"}, ["-j", str(n)]) for n in (1, 2)}
-    lazy = {"OMP_NUM_THREADS=1 --lazy-unpickle": ({"OMP_NUM_THREADS": "1"}, ["--lazy-unpickle"])}
-    return threads | jobs | lazy
+    one, two = ({"OMP_NUM_THREADS": str(n)} for n in (1, 2))
+    return {
+        "OMP_NUM_THREADS=1": (one, []),
+        "OMP_NUM_THREADS=2": (two, []),
+        "-j 2": ({}, ["-j", "2"]),
+        "OMP_NUM_THREADS=1 --async-write --write-threads 2": (one, ["--async-write", "--write-threads", "2"]),
+    }
 
 
 def recipes(root: Path, trio: dict[str, Path]) -> dict[str, Path]:
@@ -86,7 +89,9 @@ def bench(shape: str, work: Path, rounds: int, mergekit: Path | None, layers: in
     """All rows of one shape; its files are deleted at the end."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         root = Path(folder)
-        trio = make_trio(root, shape, layers)
+        making = [sys.executable, str(Path(__file__).with_name("synthetic.py")), str(root), "--shape", shape]
+        subprocess.run(making + (["--layers", str(layers)] if layers else []), check=True)  # this process stays small
+        trio = {role: root / role for role in ROLES}
         size = sum(f.stat().st_size for f in trio["lrm"].iterdir())
         runs = contestants(root, trio, mergekit)
         found: dict[str, list[Timed]] = {label: [] for label in runs}

@@ -1,9 +1,9 @@
 """Merges that need no data: W* = W_R + λ (W_I − W_B) chunk by chunk, at the speed of the disk.
 
 No stream passes through a layer, so layers mean nothing here: each thread takes the next chunk, reads it from the three
-models into buffers of its own, merges it block by block in the core's cache, and puts it in place. What is not merged
-is copied by the kernel. The arithmetic is the sweep's, bit for bit (tests/test_plain_merge.py), in numpy: torch would
-take longer to import than a small model to merge.
+models into buffers of its own, merges it block by block in the core's cache, and puts it in place. The arithmetic is
+the sweep's, bit for bit (tests/test_plain_merge.py), in numpy: torch would take longer to import than a small model to
+merge.
 
 Memory: four chunks and a few blocks a thread, whatever the size of the model.
 """
@@ -32,7 +32,7 @@ from .verify import non_finite_everywhere
 
 CHUNK = 1 << 19  # elements that are read and written in one call: 1 MB of bf16
 BLOCK = 1 << 17  # elements that are merged at a time: three arrays of 512 KiB stay in the caches
-_COPY = 32 << 20  # bytes that the kernel copies in one call
+_COPY = 1 << 20  # bytes that are copied at a time: through a warm buffer that is faster than copy_file_range (ext4)
 _ROW = 8192  # elements of a dot product: long enough to be fast, too short for BLAS to start threads of its own
 
 
@@ -84,7 +84,7 @@ def _chunk_bytes(plan: Plan) -> int:
     """Bytes of a chunk in the widest dtype that is read or written."""
     codes = {c.tensors[name].dtype for c in (plan.lrm, plan.itm, plan.base) for name in plan.merged}
     codes |= {t.dtype for t in plan.tensors if t.name in plan.merged}
-    return CHUNK * max((ITEM_BYTES[code] for code in codes), default=0)
+    return max(_COPY, CHUNK * max((ITEM_BYTES[code] for code in codes), default=0))
 
 
 def merge_plain(plan: Plan, writer: CheckpointWriter, progress: Progress, threads: int) -> dict[str, Composed]:
@@ -131,7 +131,9 @@ class _Worker:
         """Merge or copy one chunk; returns how many of the LRM's bytes that was."""
         name, start, count = chunk
         if name not in self._plan.merged:
-            self._writer.copy_part(name, self._plan.lrm, start, count)
+            raw = memoryview(self._raw[0][:count])
+            self._plan.lrm.read_into(name, raw, start)
+            self._writer.put(name, raw, start)
             return count
         codes = [c.tensors[name].dtype for c in self._models]
         words = [raw[: count * ITEM_BYTES[code]] for raw, code in zip(self._raw, codes, strict=False)]

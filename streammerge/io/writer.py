@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,6 @@ from .header import ITEM_BYTES, TensorInfo, encode_header, tensor_bytes
 if TYPE_CHECKING:
     import torch
 
-_PIECE = 1 << 20  # bytes of a copy at a time where the kernel cannot copy by itself
 _LARGE = 1 << 18  # bytes worth a system call of their own
 
 
@@ -122,38 +121,20 @@ class CheckpointWriter:
         self._done[name] = True
 
     def begin(self, name: str, dtype: str, shape: Sequence[int]) -> None:
-        """Announce a tensor that `put` or `copy_part` fill piece by piece: every byte once, in any order."""
+        """Announce a tensor that `put` fills piece by piece: every byte once, in any order."""
         self._start(name, dtype, shape, "cpu")
         self._left[name] = tensor_bytes(dtype, shape)
         self._filled(name, 0)
 
     def put(self, name: str, data: memoryview, offset: int) -> None:
         """Put bytes of a tensor that was begun at a byte offset inside it. ValueError outside of the tensor: a bug."""
-        file, start = self._inside(name, offset, len(data))
-        self._put(file, data, start)
-        self._filled(name, len(data))
-
-    def copy_part(self, name: str, source: Checkpoint, offset: int, nbytes: int) -> None:
-        """`put` of the same bytes of the tensor in a checkpoint, inside the kernel where it can."""
-        info = source.tensors[name]
-        part = replace(info, start=info.start + offset, nbytes=nbytes)
-        file, start = self._inside(name, offset, nbytes)
-        if not self._copy_in_kernel(file, start, source.descriptor(name), part):
-            buffer = memoryview(bytearray(min(nbytes, _PIECE)))
-            for done in range(0, nbytes, _PIECE):
-                piece = buffer[: min(_PIECE, nbytes - done)]
-                source.read_into(name, piece, offset + done)
-                self._put(file, piece, start + done)
-        self._filled(name, nbytes)
-
-    def _inside(self, name: str, offset: int, nbytes: int) -> tuple[str, int]:
-        """(file, byte offset in it) of a piece of a tensor that was begun."""
         wanted = self._tensors.get(name)
         size = tensor_bytes(wanted.dtype, wanted.shape) if wanted else 0
-        if not self._open or name not in self._left or offset < 0 or offset + nbytes > size:
-            raise ValueError(f"{name}: not begun, or bytes {offset} to {offset + nbytes} are outside of its {size}")
+        if not self._open or name not in self._left or offset < 0 or offset + len(data) > size:
+            raise ValueError(f"{name}: not begun, or bytes {offset} to {offset + len(data)} are outside of its {size}")
         file, start = self._place[name]
-        return file, start + offset
+        self._put(file, data, start + offset)
+        self._filled(name, len(data))
 
     def _filled(self, name: str, nbytes: int) -> None:
         with self._mutex:
