@@ -1,6 +1,6 @@
 """What will a merge of this size take? The plan's predicted peaks for full-size models, on any machine, in seconds.
 
-    python benchmarks/predict.py
+    python benchmarks/predict.py [--terms]
 
 The checkpoints are real headers over sparse files (no disk, no weights): the numbers come from the same
 `estimate.predict` that a merge reports and tests/test_memory.py holds to what is measured. Predicted, not measured.
@@ -8,6 +8,7 @@ The checkpoints are real headers over sparse files (no disk, no weights): the nu
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ SHAPES = {
     "32B (Qwen2.5)": (5120, 27648, 64, 40, 8, 152064),
     "70B (Llama 3)": (8192, 28672, 80, 64, 8, 128256),
 }
+CARDS = ("8GiB", "24GiB")  # --device-memory
 REASONING, INSTRUCTION, TOKENS = 150, 365, (1400, 600)  # the authors' sets: samples, and mean tokens a sample
 
 
@@ -67,20 +69,43 @@ def calibration() -> CalibrationSet:
     return CalibrationSet(tuple(thoughts[held:]), tuple(thoughts[:held]), orders, {})
 
 
+def plan_of(root: Path, name: str, device_memory: str):
+    """The plan of a merge of this size under a device budget; host memory is without limit."""
+    path = root / name.split()[0]
+    if not path.exists():
+        sparse_checkpoint(path, SHAPES[name])
+    recipe = {"merge_method": "rain", "reasoning_model": str(path), "instruct_model": str(path)}
+    recipe |= {"base_model": str(path), "calibration": {"reasoning": __file__, "instruction": __file__}}
+    recipe |= {"budget": {"device_memory": device_memory, "host_memory": "1TiB"}}
+    return make_plan(parse_recipe(json.dumps(recipe), "predict"))
+
+
+def gib(terms: dict[str, int]) -> str:
+    return f"{sum(terms.values()) / 2**30:.1f}"
+
+
 def main() -> None:
-    """Print one line a shape and device."""
+    """Print the README's table, or the terms of its sums."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--terms", action="store_true", help="print the terms of each sum as well")
+    args = parser.parse_args()
+    torch.set_num_threads(2)  # a batch a core: the CPU column is for two
+    budgets = [*CARDS, None]
+    print("| model | " + " | ".join(f"{b} for a GPU: device / host" for b in CARDS) + " | two CPU cores: host | output |")
+    print("|---" * (len(budgets) + 2) + "|")
     with tempfile.TemporaryDirectory() as scratch:
-        for name, shape in SHAPES.items():
-            path = sparse_checkpoint(Path(scratch) / name.split()[0], shape)
-            recipe = {"merge_method": "rain", "reasoning_model": str(path), "instruct_model": str(path)}
-            recipe |= {"base_model": str(path), "calibration": {"reasoning": __file__, "instruction": __file__}}
-            recipe |= {"budget": {"device_memory": "1TiB", "host_memory": "1TiB"}}  # not what this machine has
-            plan = make_plan(parse_recipe(json.dumps(recipe), "predict"))
-            for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        for name in SHAPES:
+            cells, told = [], []
+            for budget in budgets:
+                plan = plan_of(Path(scratch), name, budget or "1TiB")
+                device, dtype = ("cuda", torch.bfloat16) if budget else ("cpu", torch.float32)
                 e = predict(plan, calibration(), torch.device(device), dtype)
-                sizes = f"device {format_size(sum(e.device.values()))}, " if e.device else ""
-                print(f"{name:14} {device:4}  {sizes}host {format_size(sum(e.host.values()))}, "
-                      f"output {format_size(e.disk)}, {e.tokens_per_batch} tokens a batch")
+                cells.append(f"{gib(e.device)} / {gib(e.host)} GiB" if budget else f"{gib(e.host)} GiB")
+                told += [f"    {name}, {budget or 'CPU'}, {side}: {format_size(nbytes):>12}  {term}"
+                         for side in ("device", "host") for term, nbytes in getattr(e, side).items() if nbytes]
+            print(f"| {name} | " + " | ".join(cells) + f" | {e.disk / 2**30:.1f} GiB |")
+            if args.terms:
+                print("\n".join(told))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ _GRAM_ENERGY = 0.999  # see linalg.leading_rows
 
 @dataclass(frozen=True)
 class SiteBasis:
-    """U [in, r] with orthonormal columns; the share of ‖H‖² inside it; the number of feature rows behind it."""
+    """U [in, r] with orthonormal columns, on the host until its module is merged; the share of ‖H‖² inside it; the
+    number of feature rows behind it."""
 
     u: Tensor
     energy: float
@@ -88,7 +89,7 @@ def _basis(features: Features, basis: Basis, generator: torch.Generator) -> Site
         rank = linalg.numerical_rank(spectrum, is_cov=is_cov)
     kept = float(spectrum.energies[:rank].sum(dtype=torch.float64)) / spectrum.total if spectrum.total > 0 else 1.0
     u = linalg.orthonormalise(spectrum.vectors[:, :rank]).contiguous()  # one layout: products then have the same bits
-    return SiteBasis(u, kept, features.count)
+    return SiteBasis(u.cpu(), kept, features.count)
 
 
 def _low_rank(operand: Tensor, basis: Basis, generator: torch.Generator, is_cov: bool):

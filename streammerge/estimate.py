@@ -5,6 +5,7 @@ tests/test_memory.py and tests/test_smollm2.py hold measured peaks to these sums
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,17 +23,40 @@ _CHUNKS = 6  # the three weights, the delta, the result, what is measured
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a smaller budget changes."""
+
+    tokens: int
+    workers: int
+    offload: bool
+    ahead_part: int  # a layer over this is read ahead
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Predicted peaks beyond the imports, in bytes, with the terms of each sum, and the settings they follow from."""
 
-    tokens_per_batch: int
-    workers: int  # batches that pass side by side
-    offload: bool  # activations wait on the host, not on the GPU
+    choice: Choice
     ahead: int  # bytes of weights read ahead
     keep: int  # bytes of the LRM's layers that may stay on a GPU between two passes
     device: dict[str, int]  # empty on the CPU, where everything is on the host
     host: dict[str, int]
     disk: int
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens that pass through a layer together."""
+        return self.choice.tokens
+
+    @property
+    def workers(self) -> int:
+        """Batches that pass side by side."""
+        return self.choice.workers
+
+    @property
+    def offload(self) -> bool:
+        """Activations wait on the host, not on the GPU."""
+        return self.choice.offload
 
     def as_dict(self) -> dict:
         """For the report."""
@@ -42,32 +66,43 @@ class Estimate:
 
 
 def predict(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.dtype) -> Estimate:
-    """The largest token batch, and on a CPU the most workers, that the budgets allow, and the memory they take.
+    """The fastest choice that the budgets allow, and the memory it takes.
 
-    Raises ResourceError that names the minimum when even the smallest batch does not fit.
+    Raises ResourceError that names the minimum when even the smallest does not fit.
     """
     budget = plan.recipe.budget
     longest = max((len(s.ids) for s in (*data.reasoning, *data.heldout, *data.instruction)), default=1)
-    tokens = max(longest, budget.tokens_per_batch or (8192 if device.type == "cuda" else 2048))
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
-    offload = False
     wanted = {"device": budget.device_memory, "host": budget.host_memory}
     limits = {side: _limit(side, text, device) for side, text in wanted.items()}
-    while True:
-        estimate = _estimate(plan, data, device, dtype, tokens, workers, offload)
+    for choice in _choices(longest, budget.tokens_per_batch, device):
+        estimate = _estimate(plan, data, device, dtype, choice)
         needed = {"device": sum(estimate.device.values()), "host": sum(estimate.host.values())}
         over = [side for side, limit in limits.items() if needed[side] > limit]
         if not over:
             spare = limits["device"] - needed["device"]
             return replace(estimate, keep=int(spare) if device.type == "cuda" and spare < float("inf") else 0)
-        if device.type == "cuda" and not offload:
-            offload = True
-        elif workers > 1:
-            workers //= 2
-        elif tokens > max(longest, 256) and not budget.tokens_per_batch:
-            tokens = max(longest, 256, tokens // 2)
-        else:
-            raise _too_little(over, needed, limits, wanted, may_lower=tokens > max(longest, 256))
+    raise _too_little(over, needed, limits, wanted, may_lower=choice.tokens > max(longest, 256))
+
+
+def _choices(longest: int, asked: int | None, device: torch.device) -> Iterator[Choice]:
+    """From the fastest to the smallest. A batch is never smaller than the longest sample, nor than was asked for."""
+    cpu = device.type == "cpu"
+    tokens, least = max(longest, asked or (2048 if cpu else 8192)), max(longest, asked or 256)
+    workers, offload, part = torch.get_num_threads() if cpu else 1, False, 1
+    yield Choice(tokens, workers, offload, part)
+    while workers > 1:
+        workers //= 2
+        yield Choice(tokens, workers, offload, part)
+    if not cpu:
+        offload = True
+        yield Choice(tokens, workers, offload, part)
+    while tokens > least or part < 8:
+        if tokens > least:
+            tokens = max(least, tokens // 2)
+            yield Choice(tokens, workers, offload, part)
+        if part < 8:
+            part *= 2
+            yield Choice(tokens, workers, offload, part)
 
 
 def _too_little(over: list[str], needed: dict, limits: dict, wanted: dict, may_lower: bool) -> ResourceError:
@@ -151,41 +186,43 @@ def _sizes(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.
 
 
 def _estimate(
-    plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.dtype, tokens: int, workers: int, offload: bool
+    plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.dtype, choice: Choice
 ) -> Estimate:
-    """The sums for one choice of batch, workers and place of the activations."""
-    size, recipe = _sizes(plan, data, device, dtype, tokens), plan.recipe
+    """The sums for one choice, each of the pass that takes more."""
+    size, recipe = _sizes(plan, data, device, dtype, choice.tokens), plan.recipe
     twice = recipe.needs_instruction and recipe.coefficients.scope == "layer"  # a probe first, then the merge
-    weights = {
-        "the LRM's layer, then the merged one": size.written,
-        "compute copy of a layer": size.copy,
-        "read ahead": size.native,
-        "waiting to be written": size.written,
-        "ITM's and base's layer, and the probe" if twice else "one tensor of ITM and base": (
-            2 * size.native + size.written if twice else 2 * size.largest
-        ),
-    }
-    streams = {"offloaded activations": size.held}
-    disk = sum(t.nbytes for t in plan.lrm.tensors.values())
-    if device.type == "cpu":
-        passing = {
-            "features and bases": 3 * (size.features + size.values),
-            "token batches, or composing": max(workers * size.batch, size.composing),
-        }
-        host = weights | streams | passing | {"tokenizer and model code": _INTERPRETER}
-        return Estimate(tokens, workers, False, size.native, 0, {}, host, disk)
-    passing = {
-        "features and bases": 3 * size.features + 4 * size.one_value,
-        "a token batch, or composing": max(size.batch, size.composing),
-    }
-    if offload:
-        passing["activations on their way"] = 3 * tokens * plan.lrm.config["hidden_size"] * dtype.itemsize
-    on_device = weights | passing | ({} if offload else {"activations": size.held})
-    on_device["embedding rows, before the layers"] = max(0, size.embedding - sum(weights.values()))
+    ahead = size.native // choice.ahead_part
+    gpu = device.type != "cpu"
+    layer = {"the LRM's layer, then the merged one": size.written, "its compute copy": size.copy}
+    layer |= {"read ahead": max(ahead, size.largest)}
+    batches = {"token batches": choice.workers * size.batch}
+    if gpu and choice.offload:
+        batches["activations on their way"] = 3 * choice.tokens * plan.lrm.config["hidden_size"] * dtype.itemsize
+    features = {"features": 2 * size.features, "one basis of v_proj": 3 * size.one_value}
+    merging = {"waiting to be written": max(ahead, size.largest), "ITM and base": 2 * size.largest}
+    if twice:
+        merging["ITM and base"] = 2 * size.native
+        merging["the probe"] = size.written
+    rest = {"composing beyond a batch": max(0, size.composing - choice.workers * size.batch)}
+    rest["bases of a module"] = size.features
+    first, second = layer | batches | features, layer | merging | batches | rest
+    passes = [first | second] if twice else [first, second]
+    if not gpu:
+        kept = {"offloaded activations": size.held, "features and bases of v_proj": 2 * size.values}
+        host = max(passes, key=lambda terms: sum(terms.values())) | kept | {"tokenizer and model code": _INTERPRETER}
+        return Estimate(choice, ahead, 0, {}, host, _disk(plan))
+    for terms in passes:
+        terms |= {} if choice.offload else {"activations": size.held}
+        before = size.embedding + (0 if choice.offload else size.held)
+        terms["embedding rows, before the layers"] = max(0, before - sum(terms.values()))
     host = {
         "pinned slots": SLOT * SLOTS,
-        "features of v_proj, and bases on their way to disk": 2 * size.values + size.features,
+        "features of v_proj, and bases": 2 * size.values + 2 * size.features,
         "a tensor on its way to disk": size.largest,
         "tokenizer and model code": _INTERPRETER,
-    } | (streams if offload else {})
-    return Estimate(tokens, 1, offload, size.native, 0, on_device, host, disk)
+    } | ({"offloaded activations": size.held} if choice.offload else {})
+    return Estimate(choice, ahead, 0, max(passes, key=lambda terms: sum(terms.values())), host, _disk(plan))
+
+
+def _disk(plan: Plan) -> int:
+    return sum(t.nbytes for t in plan.lrm.tensors.values())

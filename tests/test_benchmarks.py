@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,12 +25,7 @@ def test_help_teaches(script):
 
 def test_predictions_in_the_readme_are_the_scripts():
     told = run("benchmarks/predict.py").stdout
-    readme = (ROOT / "README.md").read_text()
-    for size in ("7B", "32B", "70B"):
-        gpu = re.search(rf"^{size} .*cuda +device ([\d.]+) GiB, host ([\d.]+) GiB, output ([\d.]+)", told, re.MULTILINE)
-        cpu = re.search(rf"^{size} .*cpu +host ([\d.]+) GiB", told, re.MULTILINE)
-        cells = [f"{float(v):.1f}" for v in (*gpu.groups()[:2], cpu[1], gpu[3])]
-        assert f"| {size} | {cells[0]} / {cells[1]} GiB | {cells[2]} GiB | {cells[3]} GiB |" in readme, told
+    assert told.count("\n") == 5 and told in (ROOT / "README.md").read_text(), told
 
 
 def test_every_row_says_where_it_comes_from():

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from streammerge.errors import InputError
 from streammerge.io.checkpoint import open_checkpoint
 from streammerge.io.drain import Drain

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lazy_cuda import CUDA
 from safetensors.torch import save_file
+
 from streammerge.io import feed as feeding
 from streammerge.io.checkpoint import open_checkpoint
 from streammerge.io.stash import Stash

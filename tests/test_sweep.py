@@ -41,7 +41,12 @@ def read_all(out: Path) -> dict[str, torch.Tensor]:
 def with_workers(monkeypatch, count: int) -> None:
     """Merges carry `count` batches side by side."""
     plain = pipeline.predict
-    monkeypatch.setattr(pipeline, "predict", lambda *args: dataclasses.replace(plain(*args), workers=count))
+
+    def predict(*args):
+        found = plain(*args)
+        return dataclasses.replace(found, choice=dataclasses.replace(found.choice, workers=count))
+
+    monkeypatch.setattr(pipeline, "predict", predict)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
