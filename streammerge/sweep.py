@@ -91,7 +91,7 @@ def merge_layer(run: Run, feed: Feed, drain: Drain, layer: int, known: list[Laye
             yield name, run.take(feed, run.plan.itm, name), run.take(feed, run.plan.base, name)
 
     if known:
-        bases, alpha, others = load_bases(run.scratch, layer, run.model.device), known[layer], pairs()
+        bases, alpha, others = load_bases(run.scratch, layer), known[layer], pairs()
     else:
         bases = stage_one(run, layer, run.quantized.rounded(layer, lrm) if run.quantized else weights)
         others = list(pairs()) if run.plan.recipe.needs_instruction else pairs()  # merged twice, or once
@@ -234,13 +234,13 @@ def save_bases(drain: Drain, scratch: Path, layer: int, bases: LayerBases) -> No
     """Keep a layer's bases on disk between the two passes of scope `model`. Raises ResourceError if it cannot."""
     named = {f"site/{s}": b for s, b in bases.sites.items()} | {f"value/{i}": b for i, b in enumerate(bases.values)}
     facts = {f"{name}/facts": torch.tensor([b.energy, b.count], dtype=torch.float64) for name, b in named.items()}
-    vectors = {f"{name}/u": on_host(b.u.contiguous()) for name, b in named.items()}
+    vectors = {f"{name}/u": b.u for name, b in named.items()}
     file = scratch / f"bases-{layer:05d}.safetensors"
 
     def save() -> None:
         try:
             scratch.mkdir(parents=True, exist_ok=True)
-            save_file(facts | {name: fetch() for name, fetch in vectors.items()}, file)
+            save_file(facts | vectors, file)
         except (OSError, SafetensorError) as error:
             raise ResourceError(f"{file}: the bases that wait for the second pass cannot be written ({error}); free "
                                 "some disk, or set coefficients.scope: layer, which keeps none") from error
@@ -248,13 +248,13 @@ def save_bases(drain: Drain, scratch: Path, layer: int, bases: LayerBases) -> No
     drain.hand(save, sum(b.u.numel() * b.u.element_size() for b in named.values()))
 
 
-def load_bases(scratch: Path, layer: int, device: torch.device) -> LayerBases:
+def load_bases(scratch: Path, layer: int) -> LayerBases:
     """What `save_bases` kept."""
     tensors = load_file(scratch / f"bases-{layer:05d}.safetensors")
     named = {}
     for key in (k[:-2] for k in tensors if k.endswith("/u")):
         energy, count = tensors[key + "/facts"].tolist()
-        named[key] = SiteBasis(tensors[key + "/u"].to(device), energy, int(count))
+        named[key] = SiteBasis(tensors[key + "/u"], energy, int(count))
     sites = {name.removeprefix("site/"): b for name, b in named.items() if name.startswith("site/")}
     values = [named[f"value/{i}"] for i in range(len(named) - len(sites))]
     return LayerBases(sites, tuple(values))

@@ -128,7 +128,7 @@ def mass_of(rows: str, instructions, length: int = 12) -> LayerMass:
     batch = Batch(torch.zeros(1, length + 3, dtype=torch.long), (length,), (0,))
     observer = AttentionMass([sample], [batch], 2, rows)
     q, k = torch.zeros(1, 2, length + 3, 4), torch.zeros(1, 1, length + 3, 4)
-    observer.on_attention(0, AttentionInputs(q, k, 0.5, None))
+    observer.on_attention(0, AttentionInputs(q, k, 0.5, None))()
     return observer.result()
 
 
