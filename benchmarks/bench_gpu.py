@@ -3,7 +3,7 @@
     python benchmarks/bench_gpu.py [arguments of bench_kernels.py]
 
 Needs a GPU, torch, Triton and pytest, but no network: where the package is not installed, the checkout is used as it
-lies. Each step runs though one before it failed; ends with the first failure's code, and with 2 where there is no GPU.
+lies. A step runs even where the one before it failed; ends with the first failure's code, with 2 where there is no GPU.
 """
 
 from __future__ import annotations

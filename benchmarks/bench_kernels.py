@@ -7,7 +7,7 @@ Inputs are random and fresh for every case. Each variant is first compared with 
 all variants take turns: a run is the median of many calls, on input sets that together are four times the L2 cache.
 Times are those of a call as the sweep makes it, host work between its launches included. Memory is the device's peak
 beyond the inputs, the result included where it is new. The share of the roofline is the least time that the case's
-operations or bytes take (shapes.py counts them), at rates measured on this device first, over the time taken.
+operations or bytes take (kernel_cases.py counts them), at rates measured on this device first, over the time taken.
 
 Appends a row a variant and shape to results/<device>-kernels.jsonl after every case, so that an interrupted run keeps
 what it has. Ends with 1 where a kernel failed or was wrong, with 2 where there is no GPU and no --quick.
@@ -24,10 +24,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import checkout  # noqa: F401  (first: what follows imports the package)
-import library
+import kernel_library as library
 import torch
+from kernel_cases import MODELS, TINY, Case, cases, draw, element
 from rows import RESULTS, Row, append, row
-from shapes import MODELS, TINY, Case, cases, draw, element
 from streammerge.kernels import KernelUnavailable, dispatch, why_not
 
 KERNELS = ("span_mass", "row_gram", "gram_update", "project")

@@ -72,9 +72,9 @@ def kernels() -> str:
     found = kernel_rows()
     if not found:
         return (
-            "*Empty*: nothing was measured on a GPU yet. `make bench-gpu` and `python benchmarks/render.py` on a machine "
-            "with one fill it.\nUntil then `auto` takes Triton wherever it can run: at which shapes it should take the "
-            "library waits for measurements."
+            "*Empty*: nothing was measured on a GPU yet. `make bench-gpu` and `python benchmarks/render.py` on a "
+            "machine with one fill it.\nUntil then `auto` takes Triton wherever it can run: at which shapes it should "
+            "take the library waits for measurements."
         )
     parts = []
     for gpu, shapes in found.items():

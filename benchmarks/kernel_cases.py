@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-import library
+import kernel_library as library
 import torch
 from streammerge.kernels import dispatch
-from synthetic import SHAPES
 from torch import Tensor
+
+from streammerge.bench.shapes import SHAPES
 
 TOKENS = 8192  # a batch on a GPU
 PROTECTED = 48  # Ω_think in such a batch of the authors' set: 6 samples of 8 positions
@@ -44,8 +45,7 @@ class Dims:
         return self.hidden // self.heads
 
 
-MODELS = {name: Dims(hidden, wide, heads, kv) for name, (_, hidden, wide, _, heads, kv, _, _) in SHAPES.items()
-          if name != "0.5b"}  # fmt: skip
+MODELS = {name: Dims(s.hidden, s.wide, s.heads, s.kv_heads) for name, s in SHAPES.items() if name != "0.5b"}
 TINY = Dims(64, 96, 4, 2, tokens=64, lengths=(64,), protected=6, rows=(20,), queries=5)
 
 
@@ -180,22 +180,26 @@ def _projected(inputs: tuple, part: slice) -> tuple[Tensor, Tensor]:
 def project_error(run: Callable, inputs: tuple) -> float:
     """‖(W* − W_R) U‖ / ‖λ Δ U‖ with W* in fp32, so before the rounding; without a basis the error of W* − W_R.
 
-    Where W* as timed is further from float64 than its rounding, that distance instead.
+    Where W* as timed is further from float64 than its rounding, that distance if it is larger.
     """
     lrm, blocks, dtype = inputs[0], inputs[3], inputs[-1]
     narrow = relative(twice(run, *inputs), lambda part: lrm[part].double() + _projected(inputs, part)[1])
-    if not narrow <= torch.finfo(dtype).eps / 2 + 5e-6:
-        return narrow
-    wide, height = run(*inputs[:-1], torch.float32), len(lrm) // max(1, len(blocks))
+    if narrow <= torch.finfo(dtype).eps / 2 + 5e-6:
+        narrow = 0.0
+    wide = run(*inputs[:-1], torch.float32)
     if not blocks:
-        return relative(wide - lrm.float(), lambda part: _projected(inputs, part)[1])
-    left = total = 0.0
+        return _larger(narrow, relative(wide - lrm.float(), lambda part: _projected(inputs, part)[1]))
+    left, total, height = 0.0, 0.0, len(lrm) // len(blocks)
     for b, u in enumerate(blocks):
         for start in range(b * height, (b + 1) * height, _PART):
             part = slice(start, min(start + _PART, (b + 1) * height))
             left += float(((wide[part].double() - lrm[part].double()) @ u.double()).square().sum())
             total += float((_projected(inputs, part)[0] @ u.double()).square().sum())
-    return (left / total) ** 0.5
+    return _larger(narrow, (left / total) ** 0.5)
+
+
+def _larger(a: float, b: float) -> float:
+    return a if a != a or a > b else b  # max() may drop NaN
 
 
 def project_cases(model: str, dims: Dims, device: torch.device) -> Iterator[Case]:
