@@ -22,8 +22,10 @@ import tempfile
 from pathlib import Path
 
 from rows import RESULTS, append, row
-from synthetic import ROLES, SHAPES
+from synthetic import SHAPES
 from timing import Timed, timed
+
+from streammerge.bench.synthetic import ROLES
 
 LAMBDA = 0.7
 
