@@ -68,7 +68,7 @@ def how_many(call: Callable, sets: Sequence[tuple], device: torch.device) -> int
     """Calls that fill a run, from a few calls after the first. On a CPU, where nothing is learnt from times, one."""
     if device.type != "cuda":
         return 1
-    return max(_CALLS[0], min(_CALLS[1], int(_RUN * 1e6 / max(1.0, timed(call, sets, 3, device)))))
+    return max(_CALLS[0], len(sets), min(_CALLS[1], int(_RUN * 1e6 / max(1.0, timed(call, sets, 3, device)))))
 
 
 def ceilings(device: torch.device, quick: bool) -> dict[str, float]:
@@ -97,6 +97,7 @@ def floor_us(case: Case, rates: dict[str, float]) -> float:
 
 def input_sets(case: Case, device: torch.device) -> list[tuple]:
     """Enough sets that none is in the L2 cache when its turn comes; fewer where memory ends, but two."""
+    torch.cuda.empty_cache()  # what earlier cases left counts as used
     first = case.make(0)
     if device.type != "cuda":
         return [first, case.make(100)]

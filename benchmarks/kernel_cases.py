@@ -46,7 +46,7 @@ class Dims:
 
 
 MODELS = {name: Dims(s.hidden, s.wide, s.heads, s.kv_heads) for name, s in SHAPES.items() if name != "0.5b"}
-TINY = Dims(64, 96, 4, 2, tokens=64, lengths=(64,), protected=6, rows=(20,), queries=5)
+TINY = Dims(64, 96, 4, 2, tokens=128, lengths=(64,), protected=6, rows=(20,), queries=5)
 
 
 @dataclass(frozen=True)
