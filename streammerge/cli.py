@@ -1,4 +1,4 @@
-"""The command line: `streammerge merge RECIPE OUT` and `streammerge demo`.
+"""The command line: `streammerge merge RECIPE OUT`, `streammerge bench` and `streammerge demo`.
 
 stdout carries the result (`--json`), stderr everything else. A user's mistake is one screen of text and an exit code,
 never a traceback.
@@ -46,6 +46,15 @@ streammerge_report.json. Every other key and its default: streammerge/recipe.py,
 """
 
 
+_BENCH = """How long would a RAIN merge of models of this size take on this machine, and how much memory?
+
+  streammerge bench --shape 70b --device-memory 24GiB --scratch-dir /data
+
+Predicts the peak memory of the whole merge within the budgets, then measures the real sweep on synthetic models that
+have only a few layers of that shape, and extrapolates the time. The synthetic models are removed afterwards.
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -81,7 +90,34 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)")
     _add_output_flags(demo)
     demo.set_defaults(run=_demo)
+    _add_bench(commands, raw)
     return top
+
+
+def _add_bench(commands: argparse._SubParsersAction, raw: type) -> None:
+    """`streammerge bench` and its flags."""
+    from .bench.shapes import SHAPES
+
+    bench = commands.add_parser(
+        "bench", help="how long would a merge take here, and how much memory", description=_BENCH, epilog=_EXIT_CODES,
+        formatter_class=raw,
+    )  # fmt: skip
+    bench.add_argument("--shape", required=True, type=str.lower, choices=SHAPES, help="size of the models")
+    bench.add_argument("--layers", type=_count, metavar="N", help="layers to measure (default: 2 on a CPU, 4 on a GPU)")
+    bench.add_argument("--tokens", type=_count, metavar="N", help="about so many calibration tokens to measure with "
+                       "(default: 4096 on a CPU, all on a GPU)")
+    bench.add_argument("--calibration-tokens", type=_count, metavar="N", help="tokens of your calibration sets "
+                       "(default: the authors', 429,000)")
+    bench.add_argument("--scope", choices=("model", "layer"), default="model", help="coefficients.scope")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    bench.add_argument("--device-memory", type=_size, metavar="SIZE", help="device limit, as 24GiB")
+    bench.add_argument("--host-memory", type=_size, metavar="SIZE", help="host limit, as 16GiB")
+    bench.add_argument("--tokens-per-batch", type=_tokens, metavar="N", help="calibration tokens in a batch")
+    bench.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)")
+    bench.add_argument("--scratch-dir", type=Path, default=Path("."), metavar="DIR", help="where the synthetic models "
+                       "go for a while: the disk that is to be measured (default: the working directory)")
+    _add_output_flags(bench)
+    bench.set_defaults(run=_bench)
 
 
 def _size(text: str) -> str:
@@ -104,6 +140,10 @@ def _finite(text: str) -> float:
 
 def _tokens(text: str) -> int:
     return _whole(text, least=64)
+
+
+def _count(text: str) -> int:
+    return _whole(text, least=1)
 
 
 def _threads(text: str) -> int:
@@ -155,6 +195,31 @@ def _demo(args: argparse.Namespace) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     demo(args.out, split=args.split, as_json=args.json, progress=_progress(args))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    import torch
+
+    from .bench.run import Question, bench
+    from .bench.samples import AUTHORS
+    from .bench.shapes import SHAPES
+    from .bench.table import print_answer
+    from .recipe import Budget
+
+    imports = time.perf_counter() - began
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    budget = Budget(args.device_memory or "auto", args.host_memory or "auto", args.tokens_per_batch)
+    tokens = args.calibration_tokens or AUTHORS
+    asked = Question(
+        SHAPES[args.shape], args.layers, args.tokens, tokens, args.scope, budget, args.device, args.scratch_dir
+    )
+    report = bench(asked, _progress(args), imports)
+    if not args.quiet and args.log_format == "text":
+        print_answer(report)
+    if args.json:
+        print(json.dumps(report))
 
 
 def main(argv: list[str] | None = None) -> int:
