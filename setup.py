@@ -32,9 +32,10 @@ setup(
         "rich>=13",
     ],
     extras_require={
+        "gpu": ["triton>=3.6; platform_system == 'Linux'"],  # torch's CUDA builds bring it
         "quantized": ["bitsandbytes>=0.50"],
         "test": ["pytest>=8", "ruff>=0.14", "gguf>=0.17", "accelerate>=1.10", "setuptools>=77", "hypothesis>=6.100",
-                 "bitsandbytes>=0.50"],
+                 "bitsandbytes>=0.50", "triton>=3.6; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["streammerge=streammerge.cli:main"]},
 )

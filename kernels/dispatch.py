@@ -84,9 +84,10 @@ def gram_update(cov: Tensor, x: Tensor, index: Tensor | None = None, *, impl: st
     """C += X[index]ᵀ X[index] in place, for the covariance of Ω_think features (method.md, section 2).
 
     cov [d, d] fp32 or fp64, symmetric; x [N, d] of any float dtype and strides; index [n] int64 chooses rows (None:
-    all). Returns cov.
+    all) and must lie in [0, N): the kernel does not look. Returns cov.
     """
-    if _triton("gram_update", impl, why_not(cov, x)):
+    wide = None if cov.dtype == torch.float32 else f"C is {str(cov.dtype).removeprefix('torch.')}, not float32"
+    if _triton("gram_update", impl, why_not(cov, x) or wide):
         from .gram import gram_update as kernel
 
         return kernel(cov, x, index)
@@ -116,7 +117,7 @@ def project(
 ) -> tuple[Tensor, Tensor]:
     """W* = W_R + λ (D_row (W_I − W_B) D_col)(I − U Uᵀ), rounded once, and its norms: see `reference.project`."""
     if _triton("project", impl, why_not(lrm, itm, base, *blocks, torch.empty(0, dtype=dtype, device=lrm.device))):
-        from .project import project as kernel
+        from .projection import project as kernel
 
         return kernel(lrm, itm, base, blocks, rows, cols, lam, dtype)
     return reference.project(lrm, itm, base, blocks, rows, cols, lam, dtype)
@@ -134,8 +135,9 @@ def span_mass(
     impl: str = "auto",
 ) -> Tensor:
     """Σ_τ softmax(q kᵀ)[t, τ] spans[τ, :] for chosen rows of a batch (Eqs. 9 and 10): see `reference.span_mass`."""
-    if _triton("span_mass", impl, why_not(q, k, spans)):
-        from .span_mass import span_mass as kernel
+    unlike = None if q.dtype == k.dtype else f"q is {q.dtype}, k is {k.dtype}"
+    if _triton("span_mass", impl, why_not(q, k, spans) or unlike):
+        from .attention_mass import span_mass as kernel
 
         return kernel(q, k, sample, at, spans, scaling, window)
     return reference.span_mass(q, k, sample, at, spans, scaling, window)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .arch import HeadLayout
 from .bases import SiteBasis
-from .kernels.dispatch import project
+from .kernels import project
 from .kernels.reference import ProjectNorms
 from .outcome import Composed
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import memory, quantized, report
+from . import kernels, memory, quantized, report
 from .calibration import CalibrationSet, load_calibration
 from .errors import RecipeError
 from .estimate import predict
@@ -44,6 +44,7 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
     """
     out, began, progress = Path(out), time.perf_counter(), progress or Progress("quiet")
     where = pick_device(device)
+    kernels.forget()
     quantized.check(recipe, where)
     fresh_meter, floor = memory.reset_host_peak(), memory.host_now()
     memory.reset_device_peak(where)
@@ -78,7 +79,7 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
                     "verified": verify_output(plan, out),
                     "device": str(where),
                     "compute_dtype": str(dtype).removeprefix("torch."),
-                    "kernels": "torch reference",
+                    "kernels": kernels.ran(),
                     "plan": estimate.as_dict(),
                     "memory": peaks(str(where), floor, fresh_meter),
                     "seconds": {"total": round(time.perf_counter() - began, 3), "sweep": round(run.meter.seconds, 3)},

@@ -114,6 +114,17 @@ def per_tensor(composed: dict[str, Composed]) -> dict[str, dict[str, Any]]:
     return {name: dataclasses.asdict(c) for name, c in composed.items()}
 
 
+def _kernels(ran: dict[str, int] | str) -> dict[str, list[str]]:
+    """What ran each kernel, and the reason where it was not Triton -> the kernels that it ran."""
+    if isinstance(ran, str):
+        return {ran: ["all"]}
+    by: dict[str, list[str]] = {}
+    for told in ran:
+        name, _, how = told.partition(": ")
+        by.setdefault(how, []).append(name)
+    return by
+
+
 def print_summary(report: dict[str, Any], out: Path) -> None:
     """The short table for a terminal, on stderr."""
     from rich.console import Console
@@ -135,6 +146,8 @@ def print_summary(report: dict[str, Any], out: Path) -> None:
     if report["l_think"]:
         told = "  ".join(f"{name} {value:.2e}" for name, value in report["l_think"].items())
         console.print(f"L_think (nats, {report['calibration']['heldout']} held-out samples)  {told}")
+    for how, names in _kernels(report["kernels"]).items():
+        console.print(f"kernels: {', '.join(names)} in {how}")
     for warning in report["warnings"]:
         console.print(f"note: {warning}")
     peak = report["memory"]

@@ -26,6 +26,7 @@ FLOORS = {
     "report": 12, "finish": 12, "pipeline": 13, "merging": 14, "demo": 14, "bench": 14, "cli": 14,
 }  # fmt: skip
 KERNEL_IMPORTS = {"torch", "triton", "__future__", "importlib", "collections", "math", "os", "functools", "dataclasses"}
+KERNEL_IMPORTS |= {"typing"}
 
 
 def sources() -> dict[str, Path]:
@@ -163,3 +164,10 @@ def test_public_names_resolve():
     assert all(getattr(streammerge, name) for name in streammerge.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         streammerge.nothing  # noqa: B018
+
+
+def test_no_kernel_file_is_called_as_a_function_is():
+    """Importing streammerge.kernels.x sets x on the package: a function of that name would turn into a module."""
+    from streammerge import kernels
+
+    assert not {file.stem for file in (ROOT / "kernels").glob("*.py")} & set(kernels.__all__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from streammerge.kernels import KernelUnavailable, forget, gram_update, project, ran, span_mass, why_not
 from streammerge.kernels import reference as kernels
-from streammerge.kernels.dispatch import gram_update, project, span_mass
 from streammerge.kernels.reference import ProjectNorms, attended_inputs
 
 # Relative Frobenius error against float64 on the *same* (already rounded) inputs: arithmetic is fp32 for all of them.
@@ -414,3 +414,41 @@ def test_masses_equal_eager_attention_weights(any_trio):
             torch.testing.assert_close(found[layer].alignment, a[layer], rtol=0, atol=1e-5)
             torch.testing.assert_close(found[layer].leakage, u[layer], rtol=0, atol=1e-5)
         assert float(a.min()) >= 0 and float(a.max()) > 0.01 and float(u.max()) > 0.01, family
+
+
+# ---- dispatch
+
+
+def gram_call(impl: str, **dtypes):
+    cov = torch.zeros(3, 3, dtype=dtypes.get("cov", torch.float32))
+    return gram_update(cov, randn(5, 3).to(dtypes.get("x", torch.float32)), impl=impl)
+
+
+def test_asking_for_triton_where_it_cannot_run_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(KernelUnavailable, match="gram_update: .*no GPU"):
+        gram_call("triton")
+    with pytest.raises(ValueError, match="'fast'.*'triton'"):
+        gram_call("fast")
+
+
+def test_what_ran_is_counted_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forget()
+    gram_call("auto")
+    gram_call("auto")
+    gram_call("torch")
+    assert ran() == {"gram_update: torch (asked for)": 1,
+                     "gram_update: torch (no GPU: Triton kernels run on CUDA devices)": 2}  # fmt: skip
+    forget()
+    assert ran() == {}
+
+
+def test_dtypes_that_triton_does_not_take_are_the_twins(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why_not(torch.zeros(2, dtype=torch.float64), torch.zeros(2)) == "dtype float64"
+    assert why_not(torch.zeros(2, dtype=torch.long)) is None
+    forget()
+    gram_call("auto", cov=torch.float64)
+    gram_call("auto", cov=torch.float16, x=torch.float16)
+    assert ran() == {"gram_update: torch (C is float16, not float32)": 1, "gram_update: torch (dtype float64)": 1}

@@ -16,7 +16,7 @@ the slower part: 2 · 3 · 2 r = 12 r TF32 operations an element, at an H100's 4
 A100's 156 TFLOP/s and 2.04 TB/s: from r = 77). All of this is arithmetic on data sheets: nothing was timed.
 
 Compiled (Triton 3.9, weights of bf16 / fp32 with D_col; registers a thread, shared KiB a program; no spill anywhere;
-tests/test_aot_project.py asserts it):
+tests/test_aot_projection.py asserts it):
 
                         sm_80                         sm_90
     pass 1, r > 64      128x64: 128 / 176, 48 / 80    128x128: 220 / 222, 96 / 128  (wgmma m64n128k8)

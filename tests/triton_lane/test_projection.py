@@ -8,7 +8,7 @@ import pytest
 import torch
 from lane import DEVICE, DTYPES, TOLERANCE
 from streammerge.kernels import reference
-from streammerge.kernels.dispatch import forget, project, ran
+from streammerge.kernels import forget, project, ran
 from streammerge.kernels.reference import ProjectNorms
 
 # bf16 weights are read right everywhere; the interpreter does not round to bf16 but cuts off
@@ -112,7 +112,7 @@ def test_several_tiles_in_every_direction():
 
 
 def test_a_split_width_adds_up(monkeypatch):
-    kernels = import_module("streammerge.kernels.project")
+    kernels = import_module("streammerge.kernels.projection")
     monkeypatch.setattr(kernels, "LEAST_SPAN", 30)
     grids = []
     plain = kernels.product_kernel

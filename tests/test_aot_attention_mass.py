@@ -14,7 +14,7 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def built(arch: int, kind: str, dim: int, *, group: int, m: int, windowed: bool):
     """The launch of `group` query heads a key head and m spans, for q and k as transformers lays them out."""
-    from streammerge.kernels.span_mass import _span_mass_kernel, launch_constants
+    from streammerge.kernels.attention_mass import _span_mass_kernel, launch_constants
 
     blocks, constants = launch_constants(TYPES[kind], dim, group, m, windowed)
     pointers = {"q": kind, "k": kind, "at": "i64", "sample": "i64", "spans": "fp32", "busy": "i8", "tiles": "i64",

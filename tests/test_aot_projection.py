@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from aot import ARCHS, build
-from streammerge.kernels.project import ELEMENTWISE, GROUP, PRODUCT, SUBTRACT, product_kernel, subtract_kernel
+from streammerge.kernels.projection import ELEMENTWISE, GROUP, PRODUCT, SUBTRACT, product_kernel, subtract_kernel
 
 SHARED = {80: 99 * 1024, 90: 227 * 1024}  # the tables' sm_80 rows also serve cards that have less than an A100
 CASES = [("bf16", False), ("bf16", True), ("fp16", True), ("fp32", True)]  # dtype, with D_col
