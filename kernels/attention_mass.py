@@ -149,9 +149,7 @@ def launch_constants(
 def span_mass(
     q: Tensor, k: Tensor, sample: Tensor, at: Tensor, spans: Tensor, scaling: float, window: int | None = None
 ) -> Tensor:
-    """As `reference.span_mass`, for q and k of one 16-bit dtype or fp32; returns fp32. ValueError for two dtypes."""
-    if q.dtype != k.dtype:
-        raise ValueError(f"span_mass: q is {q.dtype}, k is {k.dtype}; the Triton kernel takes one dtype")
+    """As `reference.span_mass`, for q and k of one 16-bit dtype or fp32 (the dispatcher looks); returns fp32."""
     (batch, heads, tokens, dim), key_heads, m = q.shape, k.shape[1], spans.shape[-1]
     out = torch.empty(len(at), heads, m, dtype=torch.float32, device=q.device)
     if not out.numel():
