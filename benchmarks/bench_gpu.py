@@ -2,8 +2,9 @@
 
     python benchmarks/bench_gpu.py [arguments of bench_kernels.py]
 
-Needs a GPU, torch, Triton and pytest, but no network: where the package is not installed, the checkout is used as it
-lies. A step runs even where the one before it failed; ends with the first failure's code, with 2 where there is no GPU.
+Needs a GPU, torch, Triton, pytest and 50 GiB of disk for a while, but no network: where the package is not installed,
+the checkout is used as it lies. A step runs even where the one before it failed; ends with the first failure's code,
+with 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +38,13 @@ def main() -> int:
         return 2
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    steps = [["-m", "pytest", "-p", "checkout", "tests/triton_lane"], ["benchmarks/bench_kernels.py", *sys.argv[1:]]]
+    sweep = ["benchmarks/bench_sweep.py", "--runs", "1", "--scratch-dir", tempfile.gettempdir(), "--shapes"]
+    steps = [
+        ["-m", "pytest", "-p", "checkout", "tests/triton_lane"],
+        ["benchmarks/bench_kernels.py", *sys.argv[1:]],
+        [*sweep, "7b=28", "70b=4", "--", "--scope", "layer"],  # 7B takes 49 GiB of disk so, 58 with scope model
+        [*sweep, "7b=20", "70b=4"],
+    ]
     codes = []
     for step in steps:
         print("$ python", *step, flush=True)

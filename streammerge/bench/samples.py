@@ -25,7 +25,7 @@ def calibration(tokens: int, vocabulary: int, holdout: float, rows: int = 0) -> 
     dice = random.Random(0)
     count = max(2, round(REASONING * tokens / AUTHORS))
     thoughts = [_thought(f"r{i}", length, vocabulary, dice) for i, length in enumerate(_lengths(count, THOUGHT))]
-    dice.shuffle(thoughts)
+    random.Random(0).shuffle(thoughts)  # the same split whatever the vocabulary
     held = min(max(1, round(holdout * count)), count - 1)
     orders = max(1, round(INSTRUCTION * tokens / AUTHORS))
     missing = rows - _OMEGA * (count - held)
