@@ -7,8 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from lane import DEVICE, DTYPES, TOLERANCE
-from streammerge.kernels import reference
-from streammerge.kernels import forget, project, ran
+from streammerge.kernels import forget, project, ran, reference
 from streammerge.kernels.reference import ProjectNorms
 
 # bf16 weights are read right everywhere; the interpreter does not round to bf16 but cuts off
