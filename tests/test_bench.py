@@ -175,6 +175,16 @@ def test_a_budget_shapes_the_plan_and_the_run(tmp_path):
     assert found["measured"]["tokens"] == found["whole"]["tokens"]  # all of them were measured
 
 
+def test_a_device_budget_without_a_gpu_is_answered_by_the_plan(report, tmp_path, capsys):
+    assert report["plan_on_gpu"] is None
+    found = bench(ask(tmp_path, budget=Budget(device_memory="3GiB")))
+    assert 0 < found["plan_on_gpu"]["device_total"] <= 3 << 30 and not found["plan"]["device"]
+    print_answer(found)
+    assert "with a GPU, whose time cannot be measured here" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ResourceError, match="device memory: .* 1.00 MiB given"):
+        bench(ask(tmp_path, budget=Budget(device_memory="1MiB")))
+
+
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

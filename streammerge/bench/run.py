@@ -68,6 +68,7 @@ def bench(asked: Question, progress: Progress | None = None, imports: float = 0.
         holdout, dtype = plan.recipe.calibration.holdout, compute_dtype(plan, device)
         whole = samples.calibration(asked.calibration_tokens, _VOCABULARY, holdout)
         settings = predict(plan, whole, device, dtype)
+        on_gpu = _on_a_gpu(plan, whole) if device.type == "cpu" and asked.budget.device_memory != "auto" else None
         config = asked.shape.config(asked.layers, min(_VOCABULARY, asked.shape.vocabulary))
         _room(root, config, samples.rows(whole) if surveyed(plan) else 0)
         progress.event("bench", shape=asked.shape.name, layers=asked.layers, scratch=root)
@@ -89,6 +90,7 @@ def bench(asked: Question, progress: Progress | None = None, imports: float = 0.
         "compute_dtype": str(dtype).removeprefix("torch."),
         "scope": asked.scope,
         "plan": settings.as_dict(),
+        "plan_on_gpu": on_gpu,
         "whole": dataclasses.asdict(target),
         "measured": dataclasses.asdict(found) | {"write_rate": write_rate},
         "extrapolated": dataclasses.asdict(answer),
@@ -146,6 +148,12 @@ def _whole(plan: Plan, data: CalibrationSet, settings: Estimate, vocabulary: flo
         others=sum(c.tensors[n].nbytes for n in first if n in plan.merged for c in (plan.itm, plan.base)),
         kept=min(1.0, settings.keep // lrm / plan.layers) if twice else 0.0,
     )  # fmt: skip
+
+
+def _on_a_gpu(plan: Plan, data: CalibrationSet) -> dict[str, Any]:
+    """What a GPU with this device budget would need, asked where there is none; its time cannot be measured here."""
+    gpu = torch.device("cuda")
+    return predict(plan, data, gpu, compute_dtype(plan, gpu)).as_dict()
 
 
 def _room(root: Path, config: dict[str, Any], rows: int) -> None:

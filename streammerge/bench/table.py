@@ -17,7 +17,9 @@ def print_answer(report: dict[str, Any]) -> None:
     console.print(f"RAIN at {shape['name']} ({shape['layers']} layers of {format_size(whole['lrm'])}), "
                   f"{_count(whole['tokens'])} calibration tokens, coefficients.scope {report['scope']}, on "
                   f"{report['device']} ({report['threads']} CPU threads)")
-    _print_memory(console, report)
+    _print_memory(console, report["plan"], "here")
+    if report["plan_on_gpu"]:
+        _print_memory(console, report["plan_on_gpu"], "with a GPU, whose time cannot be measured here")
     console.print(f"Measured: {found['layers']} layers, {_count(found['tokens'])} tokens, mean rank "
                   f"{found['rank']:.0%} of the input width; reading {found['read_rate'] / 1e6:.0f} MB/s, writing "
                   f"{found['write_rate'] / 1e6:.0f} MB/s")
@@ -42,11 +44,11 @@ def print_answer(report: dict[str, Any]) -> None:
                   f"vocabulary; weights and tokens are random, tokenisation is left out.")
 
 
-def _print_memory(console: Any, report: dict[str, Any]) -> None:
-    plan = report["plan"]
+def _print_memory(console: Any, plan: dict[str, Any], where: str) -> None:
+    """Predicted peaks by term, the largest first."""
     for side in ("device", "host"):
         if plan[side]:
-            console.print(f"Predicted peak, {side}: {format_size(plan[side + '_total'])}")
+            console.print(f"Predicted peak, {side}, {where}: {format_size(plan[side + '_total'])}")
             for term, nbytes in sorted(plan[side].items(), key=lambda item: -item[1]):
                 if nbytes:
                     console.print(f"  {format_size(nbytes):>11}  {term}")
