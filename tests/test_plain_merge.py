@@ -17,9 +17,9 @@ from damage import snapshot
 from safetensors.torch import load_file, save_file
 from test_memory import merged_by_command
 
-from streammerge import codec, merge, parse_recipe, pipeline, plain
+from streammerge import codec, merge, parse_recipe, pipeline, plain, verify
 from streammerge.cli import main
-from streammerge.errors import InputError, ResourceError, UnchangedError
+from streammerge.errors import InputError, ResourceError, UnchangedError, VerificationError
 from streammerge.io.checkpoint import Checkpoint
 from streammerge.io.writer import CheckpointWriter
 from streammerge.plan import make_plan
@@ -230,6 +230,16 @@ def test_non_finite_weights_are_all_named(damaged, value):
     assert all(name in told and str(file) in told for name, file in places)
 
 
+@pytest.mark.parametrize("role", ["base", "itm", "lrm"])
+def test_a_nan_whose_bits_would_round_to_zero(damaged, role):
+    """All bits set, as unwritten flash reads: adding half an ulp carries out of the sign."""
+    name, file = damaged.edit(role, "1.mlp.up_proj", torch.tensor(-1, dtype=torch.int32).view(torch.float32).item())
+    named = load_file(file)
+    named[name].view(torch.int32).view(-1)[-1] = -1
+    save_file(named, file, metadata={"format": "pt"})
+    assert name in damaged.refused(InputError, "NaN or infinite", dtype="bfloat16")
+
+
 @pytest.mark.parametrize("part", ["input_layernorm", "embed_tokens"])
 def test_a_non_finite_weight_that_is_only_copied(damaged, part):
     name, file = damaged.edit("lrm", part, float("nan"))
@@ -305,6 +315,31 @@ def test_the_first_error_ends_all_jobs():
     with pytest.raises(ValueError, match="three"):
         in_parallel(range(1000), start, 3)
     assert len(done) < 10
+
+
+# ---- the written checkpoint is looked at again
+
+
+@pytest.mark.parametrize("part, kind, told", [
+    ("norm", VerificationError, "should be the LRM's bytes"), ("up_proj", VerificationError, "NaN or infinite"),
+])  # fmt: skip
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_disk_that_lies_is_caught(damaged, monkeypatch, part, kind, told, at):
+    """The last of a tensor's elements as well as the first: no piece is left out."""
+    finish = CheckpointWriter.finish
+
+    def spoil(self):
+        finish(self)
+        for file in self.out.glob("*.safetensors"):
+            named = load_file(file)
+            for name in named:
+                if f"1.mlp.{part}" in name or f"1.input_layer{part}" in name:
+                    named[name].view(-1)[at] = float("inf") if part == "up_proj" else 3.0
+            save_file(named, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(CheckpointWriter, "finish", spoil)
+    monkeypatch.setattr(verify, "_PIECE", 512)
+    damaged.refused(kind, told)
 
 
 # ---- progress, imports, memory
