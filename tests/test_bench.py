@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from streammerge.cli import main
 from streammerge.errors import ResourceError
 from streammerge.io.checkpoint import open_checkpoint
 from streammerge.recipe import Budget
+from streammerge.run import Meter, Run
 
 TINY = shapes.Shape("tiny", "qwen2", 64, 160, 6, 4, 2, 700, False)
 
@@ -112,6 +115,15 @@ def test_measured_in_full_is_what_was_measured():
     whole = dataclasses.replace(WHOLE, layers=2, tokens=TOKENS, passes=1, vocabulary=1.0)
     found = extrapolate(dataclasses.replace(MEASURED, read_rate=1e9), whole, 1e9, {})
     assert found.total == pytest.approx(40.7 - 6.0 + 0.5 + 16.0, abs=1e-3)  # a quick disk: no waits
+
+
+def test_the_meter_tells_waits_for_the_writer():
+    """The second piece waits for room until the first is written, and leaving waits for the second."""
+    at_work = SimpleNamespace(ahead=10, meter=Meter())
+    with Run.drain(at_work) as drain:
+        for _ in range(2):
+            drain.hand(lambda: time.sleep(0.2), 8)
+    assert 0.35 < at_work.meter.blocked < 2
 
 
 def test_samples_are_as_asked():
