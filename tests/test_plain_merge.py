@@ -17,7 +17,7 @@ from damage import snapshot
 from safetensors.torch import load_file, save_file
 from test_memory import merged_by_command
 
-from streammerge import codec, merge, parse_recipe, pipeline, plain, verify
+from streammerge import codec, merge, parse_recipe, pipeline, plain, scan
 from streammerge.cli import main
 from streammerge.errors import InputError, ResourceError, UnchangedError, VerificationError
 from streammerge.io.checkpoint import Checkpoint
@@ -338,7 +338,7 @@ def test_a_disk_that_lies_is_caught(damaged, monkeypatch, part, kind, told, at):
             save_file(named, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(CheckpointWriter, "finish", spoil)
-    monkeypatch.setattr(verify, "_PIECE", 512)
+    monkeypatch.setattr(scan, "PIECE", 512)
     damaged.refused(kind, told)
 
 
