@@ -1,4 +1,4 @@
-"""Write the measured tables into the README: the demo's and the kernels', from benchmarks/results.
+"""Write the measured tables into the README: the demo's, the kernels' and capture's, from benchmarks/results.
 
     python benchmarks/render.py
 
@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 HEAD = "| model | reasoning | instruction | both | missing `</think>` | L_think |\n|---|---|---|---|---|---|"
+CAPTURE_HEAD = (
+    "| model | weights | the survey reads: first / later run | later, of all reading | energy outside the bases: mean, "
+    "worst | rank | change of α: mean, largest | L_think | reasoning / instruction / both | survey: first / later | "
+    "peak memory: first / later |\n" + 11 * "|---" + "|"
+)
 KERNELS_HEAD = "| kernel | model | shape | Triton | twin | best library call | share | auto |\n" + 8 * "|---" + "|"
 
 
@@ -88,11 +94,40 @@ def kernels() -> str:
     return "\n\n".join(parts)
 
 
+def capture_line(first: dict, later: dict) -> str:
+    """One model and kind of weights; what was not timed is a dash."""
+    facts, sites = first["facts"], first["facts"]["residual"].values()
+    read, then, whole = (facts[k] for k in ("survey_bytes_first", "survey_bytes_later", "sweep_bytes_first"))
+    mean, worst = sum(m for m, _ in sites) / len(sites), max(w for _, w in sites)
+    rates = facts.get("accuracies", {}).values()
+    seconds = [r["median"] for r in (first, later)]
+    peaks = [r["facts"].get("peak_mb") for r in (first, later)]
+    cells = [
+        facts["model"], facts["weights"], f"{read / 1e6:.1f} / {then / 1e6:.1f} MB",
+        f"{100 * (then - read) / whole:+.1f} %" if then != read else "–",
+        f"{100 * mean:.2f} %, {100 * worst:.2f} %", f"{facts['rank']:.1f}",
+        "{:.4f}, {:.4f}".format(*facts["alpha_change"]) if facts["weights"] != "native" else "–",
+        f"{facts['l_think']:.2e}", " / ".join(f"{100 * r:.1f}" for r in rates) or "–",
+        "–" if None in seconds else "{:.2f} / {:.2f} s".format(*seconds),
+        "–" if None in peaks else "{:.0f} / {:.0f} MB".format(*map(statistics.median, peaks)),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def capture() -> str:
+    """The table of rounded calibration weights: the last rows of each model and kind of weights."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for text in (RESULTS / "cpu-capture.jsonl").read_text().splitlines():
+        row = json.loads(text)
+        found.setdefault((row["facts"]["model"], row["facts"]["weights"]), {})[row["facts"]["run"]] = row
+    return "\n".join([CAPTURE_HEAD, *(capture_line(runs["first"], runs["later"]) for runs in found.values())])
+
+
 def main() -> None:
     """Replace what stands between the comment lines."""
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in (("demo", demo()), ("kernels", kernels())):
+    for name, table in (("demo", demo()), ("kernels", kernels()), ("capture", capture())):
         marked = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=marked: new, text, flags=re.DOTALL)
     readme.write_text(text)

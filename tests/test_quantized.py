@@ -412,7 +412,8 @@ def test_non_finite_weights_are_named(run_merge, own, method):
 def test_the_import_fetches_nothing(tmp_path):
     """bitsandbytes downloads a kernel as it is imported, where Hugging Face's `kernels` is installed."""
     (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     code = "import sys; from streammerge import quantized; quantized._library(); assert 'kernels' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+                          env=os.environ | {"PYTHONPATH": path})  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
