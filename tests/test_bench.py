@@ -71,6 +71,8 @@ def test_the_whole_merge_is_planned_not_the_small_one(report):
     whole = report["whole"]
     assert report["plan"]["disk"] == size == whole["layers"] * whole["lrm"] + whole["outside"]
     assert report["measured"]["layers"] == 2 < whole["layers"] == 6
+    rows = report["thinking_positions"]
+    assert rows["measured"] == rows["whole"] > 0  # bases cost what they will
     assert sum(report["measured"]["tokens"].values()) < sum(whole["tokens"].values())
 
 

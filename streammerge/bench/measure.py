@@ -63,6 +63,8 @@ def measure(
     `keep`: bytes of the LRM's layers that stay on the GPU between the passes of scope `model`.
     """
     device, dtype = where
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier run reserved
     fresh, floor = memory.reset_host_peak(), memory.host_now()
     memory.reset_device_peak(device)
     scratch, shards = out / ".streammerge" / "bases", parse_size(plan.recipe.shard_size)
@@ -76,6 +78,8 @@ def measure(
         progress.start(f"sweep over {plan.layers} layers", plan.layers)
         sweep(run)
         progress.stop()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the sweep's last forwards
         began = time.perf_counter()
         think_loss(model, plan.head, data.heldout, streams.reference, streams.verification)
         think = time.perf_counter() - began

@@ -89,6 +89,7 @@ def bench(asked: Question, progress: Progress | None = None, imports: float = 0.
         "threads": torch.get_num_threads(),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "scope": asked.scope,
+        "thinking_positions": {"measured": samples.rows(data), "whole": samples.rows(whole)},
         "plan": settings.as_dict(),
         "plan_on_gpu": on_gpu,
         "whole": dataclasses.asdict(target),
