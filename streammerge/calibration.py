@@ -95,7 +95,8 @@ def load_calibration(
     if problems:
         raise InputError(listed("The LRM's chat template alters prompts, so their spans cannot be placed:", problems,
                                 "Change these prompts, or leave the samples out."))
-    notes: dict[str, Any] = {"markers": dict(vars(markers))}
+    spelt = {text: tokenizer.encode(text, add_special_tokens=False) for text in (markers.open, markers.close)}
+    notes: dict[str, Any] = {"markers": dict(vars(markers)), "marker_ids": spelt}
     reasoning = _reasoning(laid["reasoning"], recipe, tokenizer, markers, notes) if options.reasoning else []
     instruction = _instruction(laid["instruction"], recipe, tokenizer, notes) if options.instruction else []
     reasoning, instruction = _within_limit(reasoning, instruction, recipe, max_positions, notes)

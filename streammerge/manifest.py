@@ -1,0 +1,180 @@
+"""What a finished merge consists of: streammerge_manifest.json and SHA256SUMS, written at its end, read to verify it.
+
+The manifest holds nothing that differs between two runs of one merge on one machine: no time, no host name. The report
+does (seconds, peaks), so it is named in the manifest without a hash. Each of the two files vouches for the other:
+SHA256SUMS lists the manifest, and its other lines follow from the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import InputError, ResourceError
+from .io.checkpoint import Checkpoint
+from .io.disk import sync_folder
+from .io.header import read_json, strict_json
+from .markers import PROFILES
+from .plan import Plan
+from .recipe import to_yaml
+from .report import FILE_NAME as REPORT
+
+FILE_NAME = "streammerge_manifest.json"
+SUMS = "SHA256SUMS"
+SCHEMA = 1
+_FREE = ("budget", "allow_unchanged", "capture_cache")  # recipe keys that the output does not depend on
+_ORIGINS = {"instruct_model", "reasoning_model", "base_model"}  # told under `inputs`, which know a cache from a path
+
+
+def write(note: Callable[[str], Path], plan: Plan, result: dict[str, Any]) -> None:
+    """Write both files beside a checkpoint that was verified; ResourceError where the disk refuses.
+
+    `note` gives the path of a name in OUT and sees to its removal on an error; `result` is the report.
+    """
+    files = result["verified"]["files"]
+    raw = json.dumps(describe(plan, result), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    _place(note, SUMS, sums(files, raw))
+    _place(note, FILE_NAME, raw)
+
+
+def describe(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's content."""
+    recipe = yaml.safe_load(to_yaml(plan.recipe))
+    recipe = {key: value for key, value in recipe.items() if key not in _FREE}
+    ids = result["calibration"].get("marker_ids") or added_markers(plan.lrm.path)
+    return {
+        "schema": SCHEMA,
+        "streammerge": result["streammerge"],
+        "versions": result["versions"],
+        "device": device_name(result["device"]),
+        "compute_dtype": result["compute_dtype"],
+        "files": result["verified"]["files"],
+        "unhashed": [REPORT],
+        "tensors": result["tensors"],
+        "markers": ids,
+        "inputs": {c.role: _input(c) for c in (plan.lrm, plan.itm, plan.base)},
+        "recipe": recipe,
+        "recipe_sha256": recipe_hash(recipe),
+    }
+
+
+def recipe_hash(recipe: dict[str, Any]) -> str:
+    """Of what the recipe asks for; where the models lie is the inputs' matter."""
+    asked = {key: value for key, value in recipe.items() if key not in _ORIGINS}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def device_name(device: str) -> str:
+    """'cpu', or a GPU by its model: results have the bits of a kind of device, not of its number."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return f"cuda ({torch.cuda.get_device_name(device)})"
+
+
+def added_markers(path: Path) -> dict[str, list[int]]:
+    """{marker: its token id} of the first known family whose markers tokenizer.json adds as tokens, else {}.
+
+    For merges without calibration, which neither look for markers nor import transformers.
+    """
+    try:
+        added = {t["content"]: t["id"] for t in read_json(path / "tokenizer.json").get("added_tokens", ())}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # no tokenizer, or one that only a loader can judge: there are no ids to compare later
+    for profile in PROFILES:
+        if profile.open in added and profile.close in added:
+            return {text: [added[text]] for text in (profile.open, profile.close)}
+    return {}
+
+
+def _input(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where an input came from, and every shard's size and header hash: all of it again would be read for more."""
+    shards = {}
+    for file in sorted({info.file for info in checkpoint.tensors.values()}):
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            header = stream.read(int.from_bytes(prefix, "little"))
+        hashed = hashlib.sha256(prefix + header).hexdigest()
+        shards[file.name] = {"size": file.stat().st_size, "header_sha256": hashed}
+    return origin(checkpoint.path) | {"files": shards}
+
+
+def origin(path: Path) -> dict[str, str]:
+    """A model of the Hub's cache by its id and revision, any other by its path."""
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        repo = path.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return {"repo": repo, "revision": path.name}
+    return {"path": os.path.abspath(path)}
+
+
+def sums(files: dict[str, dict[str, Any]], manifest: bytes) -> bytes:
+    """SHA256SUMS as `sha256sum -c` reads it: every hashed file, and the manifest."""
+    hashes = {name: entry["sha256"] for name, entry in files.items()}
+    hashes[FILE_NAME] = hashlib.sha256(manifest).hexdigest()
+    return "".join(_sum_line(name, hashes[name]) for name in sorted(hashes)).encode()
+
+
+def _sum_line(name: str, digest: str) -> str:
+    """coreutils escapes a name that holds a backslash, and says so by a backslash in front."""
+    return f"\\{digest}  {name.replace(chr(92), chr(92) * 2)}\n" if "\\" in name else f"{digest}  {name}\n"
+
+
+def _place(note: Callable[[str], Path], name: str, content: bytes) -> None:
+    partial, final = note(name + ".partial"), note(name)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise ResourceError(f"{partial}: cannot be written: {error.strerror}; free some space, merge again") from None
+
+
+def read(out: Path) -> tuple[dict[str, Any], bytes]:
+    """OUT's manifest -> (content, raw bytes), its form checked. InputError where there is none, ValueError where it is
+    damaged."""
+    file = Path(out) / FILE_NAME
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        why = "no such file" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else error.strerror
+        raise InputError(f"{file}: {why}: wanted the output of a finished `streammerge merge`, which has a "
+                         "manifest; there is nothing to compare this directory with") from None
+    content = strict_json(raw)
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"its schema is {str(content.get('schema'))[:20]}, this version reads {SCHEMA}")
+    files, markers = content.get("files"), content.get("markers")
+    if not isinstance(files, dict) or not files or not all(_is_entry(*item) for item in files.items()):
+        raise ValueError("files must map plain file names to a size and a sha256")
+    if not isinstance(markers, dict) or not all(_is_ids(ids) for ids in markers.values()):
+        raise ValueError("markers must map texts to lists of token ids")
+    if not isinstance(content.get("unhashed"), list) or not all(_is_name(n) for n in content["unhashed"]):
+        raise ValueError("unhashed must be a list of file names")
+    if not isinstance(content.get("recipe"), dict) or not isinstance(content.get("inputs"), dict):
+        raise ValueError("recipe and inputs must be objects")
+    return content, raw
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    if not _is_name(name) or not isinstance(entry, dict) or set(entry) != {"sha256", "size"}:
+        return False
+    size, digest = entry["size"], entry["sha256"]
+    return type(size) is int and size >= 0 and isinstance(digest, str) and bool(re.fullmatch("[0-9a-f]{64}", digest))
+
+
+def _is_ids(ids: Any) -> bool:
+    return isinstance(ids, list) and bool(ids) and all(type(i) is int for i in ids)
