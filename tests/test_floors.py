@@ -23,7 +23,7 @@ FLOORS = {
     "quantized": 3, "forward": 4, "capture_cache": 4, "capture": 5,
     "bases": 6, "compose": 7, "attention": 8, "coefficients": 9, "run": 9,
     "verify": 10, "l_think": 10, "plain": 10, "sweep": 10,
-    "report": 12, "finish": 12, "pipeline": 13, "merging": 14, "demo": 14, "bench": 14, "cli": 14,
+    "report": 12, "manifest": 12, "finish": 12, "pipeline": 13, "merging": 14, "demo": 14, "bench": 14, "cli": 14,
 }  # fmt: skip
 KERNEL_IMPORTS = {"torch", "triton", "__future__", "importlib", "collections", "math", "os", "functools", "dataclasses"}
 KERNEL_IMPORTS |= {"typing"}
