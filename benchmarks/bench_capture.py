@@ -1,6 +1,6 @@
 """What rounded weights in the calibration forwards save and cost (`capture_weights: native | int8 | nf4`).
 
-    python benchmarks/bench_capture.py [--models trio smollm2] [--runs 5] [--work DIR]
+    python benchmarks/bench_capture.py [--only trio smollm2 rounding] [--runs 5] [--work DIR]
 
 On the demo's trio with its own calibration, and on SmolLM2-135M (the trio of tests/smollm2.py) with the shortest
 samples of ../shared/calibration. Saved: bytes that the survey reads, in the run that makes the cache and in a later one
@@ -8,7 +8,8 @@ that reads it. Cost: the share of the native features' energy that lies outside 
 beside the share outside the native bases; the change of α; L_think; and on the trio the demo's accuracies (test split).
 These do not depend on the machine's load: --runs 0 measures them alone. Each timed run is a merge in a fresh process
 (--runs of every kind, in turns, on a warm page cache): seconds of the survey, and the peak of the host's memory
-beyond imports. Appends to results/cpu-capture.jsonl.
+beyond imports. `rounding`: CPU time of rounding a bf16 weight of 4096 x 1024, and of the way back to fp32 with its
+checksum, on one thread. Appends to results/cpu-capture.jsonl.
 """
 
 from __future__ import annotations
@@ -214,10 +215,37 @@ def rows_of(model: str, work: Path, runs: int) -> list[Row]:
     return rows
 
 
+def rounding(runs: int = 7) -> list[Row]:
+    """CPU nanoseconds a weight, each way; these hardly depend on the machine's load."""
+    import torch
+
+    from streammerge.capture_cache import checksum
+    from streammerge.quantized import pack, unpack
+
+    torch.set_num_threads(1)
+    weight, rows = torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0)).bfloat16(), []
+    for method in METHODS[1:]:
+        parts = pack(method, weight)
+
+        def back(method=method, parts=parts):
+            return [checksum(p) for p in parts], unpack(method, *parts, weight.shape, torch.float32)
+
+        ways = {"rounding": lambda method=method: pack(method, weight), "back": back}
+        for way, work in ways.items():
+            taken = []
+            for _ in range(runs + 1):
+                began = time.process_time()
+                work()
+                taken.append((time.process_time() - began) * 1e9 / weight.numel())
+            rows.append(row(f"{way}, {method}", "CPU ns a weight", taken[1:], "", {"weights": method, "way": way}))
+    return rows
+
+
 def main() -> None:
     """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    choices = [*MODELS, "rounding"]
+    parser.add_argument("--only", nargs="+", choices=choices, default=choices, help="what is measured (default: all)")
     parser.add_argument("--runs", type=int, default=5, help="timed merges of every kind (0: none)")
     parser.add_argument("--work", type=Path, help="directory for caches and outputs (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu-capture.jsonl", help="results file")
@@ -225,7 +253,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return timed_merge(*args.child)
-    for model in args.models:
+    if "rounding" in args.only:
+        append(args.out, rounding())
+    for model in (m for m in MODELS if m in args.only):
         with tempfile.TemporaryDirectory(dir=args.work) as work:
             append(args.out, rows_of(model, Path(work), args.runs))
 

@@ -115,12 +115,18 @@ def capture_line(first: dict, later: dict) -> str:
 
 
 def capture() -> str:
-    """The table of rounded calibration weights: the last rows of each model and kind of weights."""
+    """The table of rounded calibration weights, by the last row of each kind, and what rounding takes."""
     found: dict[tuple, dict[str, dict]] = {}
+    taken: dict[tuple, dict] = {}
     for text in (RESULTS / "cpu-capture.jsonl").read_text().splitlines():
         row = json.loads(text)
+        if "way" in row["facts"]:
+            taken[row["facts"]["weights"], row["facts"]["way"]] = row
+            continue
         found.setdefault((row["facts"]["model"], row["facts"]["weights"]), {})[row["facts"]["run"]] = row
-    return "\n".join([CAPTURE_HEAD, *(capture_line(runs["first"], runs["later"]) for runs in found.values())])
+    told = ", ".join(f"{weights} {way} {r['median']:.2g}" for (weights, way), r in taken.items())
+    table = "\n".join([CAPTURE_HEAD, *(capture_line(runs["first"], runs["later"]) for runs in found.values())])
+    return f"{table}\n\nCPU time of one thread, ns a weight: {told}."
 
 
 def main() -> None:
