@@ -136,6 +136,16 @@ def test_a_non_finite_weight_shows(method, bad):
     assert torch.isnan(scales).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_stay_zeros(method, dtype):
+    """A pruned row or block has the scale 0."""
+    weight = torch.randn(4, 64).to(dtype)
+    weight[1] = 0
+    found = quantized.unpack(method, *quantized.pack(method, weight), weight.shape, dtype)
+    assert found[1].eq(0).all() and found[0].ne(0).any() and torch.isfinite(found).all()
+
+
 def test_checksums_see_every_bit():
     data = torch.randint(0, 256, (3001,), dtype=torch.uint8)
     before = checksum(data)
