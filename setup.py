@@ -16,7 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["streammerge", "streammerge.io", "streammerge.demo", "streammerge.bench", "streammerge.kernels"],
+    packages=["streammerge", "streammerge.io", "streammerge.demo", "streammerge.bench", "streammerge.planning",
+              "streammerge.kernels"],
     package_dir={"streammerge": "streammerge", "streammerge.kernels": "kernels"},
     package_data={
         "streammerge": ["families/*.json", "py.typed"],

@@ -1,4 +1,4 @@
-"""The command line: `streammerge merge RECIPE OUT`, `streammerge bench` and `streammerge demo`.
+"""The command line: `streammerge merge RECIPE OUT`, `plan RECIPE [OUT]`, `bench` and `demo`.
 
 stdout carries the result (`--json`), stderr everything else. A user's mistake is one screen of text and an exit code,
 never a traceback.
@@ -45,6 +45,12 @@ OUT must be new or empty. It gets the merged weights, the LRM's config, tokenize
 streammerge_report.json. Every other key and its default: streammerge/recipe.py, explained in the README.
 """
 
+_PLAN = """What `streammerge merge` would do with this recipe, in seconds, and without writing anything.
+
+Every tensor and what becomes of it, calibration tokens, predicted peak memory under the budgets with the terms of its
+sum, disk needed and free, and an estimate of the time from short probes of this machine. A merge that would fail on its
+inputs, its budgets or OUT fails here in the same words and with the same exit code.
+"""
 
 _BENCH = """How long would a RAIN merge of models of this size take on this machine, and how much memory?
 
@@ -68,17 +74,14 @@ def parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge", help="merge as a recipe says", description=_MERGE, epilog=_EXIT_CODES, formatter_class=raw
     )
-    merge.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
-    merge.add_argument("out", type=Path, metavar="OUT", help="output directory, new or empty")
-    merge.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    merge.add_argument("--device-memory", type=_size, metavar="SIZE", help="device limit, as 8GiB (default: recipe's)")
-    merge.add_argument("--host-memory", type=_size, metavar="SIZE", help="host limit, as 16GiB (default: recipe's)")
-    merge.add_argument("--tokens-per-batch", type=_tokens, metavar="N", help="calibration tokens in a batch")
-    merge.add_argument("--lambda", dest="lam", type=_finite, metavar="λ", help="override the recipe's lambda")
-    merge.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice; all cores "
-                       "for a merge without calibration)")
-    _add_output_flags(merge)
+    _add_merge_flags(merge, out=None)
+    merge.add_argument("--dry-run", action="store_true", help="write nothing, print the plan (`streammerge plan`)")
     merge.set_defaults(run=_merge)
+    plan = commands.add_parser(
+        "plan", help="what a merge would do and take", description=_PLAN, epilog=_EXIT_CODES, formatter_class=raw
+    )
+    _add_merge_flags(plan, out="?")
+    plan.set_defaults(run=_plan)
 
     demo = commands.add_parser(
         "demo", help="merge the bundled trio and compare methods", formatter_class=raw,
@@ -92,6 +95,20 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_bench(commands, raw)
     return top
+
+
+def _add_merge_flags(to: argparse.ArgumentParser, out: str | None) -> None:
+    """What a merge and its plan take alike; `out`: argparse's nargs of OUT."""
+    to.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file")
+    to.add_argument("out", type=Path, nargs=out, metavar="OUT", help="output directory, new or empty")
+    to.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    to.add_argument("--device-memory", type=_size, metavar="SIZE", help="device limit, as 8GiB (default: recipe's)")
+    to.add_argument("--host-memory", type=_size, metavar="SIZE", help="host limit, as 16GiB (default: recipe's)")
+    to.add_argument("--tokens-per-batch", type=_tokens, metavar="N", help="calibration tokens in a batch")
+    to.add_argument("--lambda", dest="lam", type=_finite, metavar="λ", help="override the recipe's lambda")
+    to.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice; all cores "
+                    "for a merge without calibration)")
+    _add_output_flags(to)
 
 
 def _add_bench(commands: argparse._SubParsersAction, raw: type) -> None:
@@ -169,20 +186,45 @@ def _progress(args: argparse.Namespace):
     return Progress("quiet" if args.quiet else "json" if args.log_format == "json" else "auto")
 
 
-def _merge(args: argparse.Namespace) -> None:
+def _recipe(args: argparse.Namespace):
+    """The recipe, with what the flags say in place of its own."""
     from .recipe import load_recipe
 
     recipe = load_recipe(args.recipe)  # before torch is imported: a typo is answered at once
     given = {k: getattr(args, k) for k in ("device_memory", "host_memory", "tokens_per_batch")}
     budget = dataclasses.replace(recipe.budget, **{k: v for k, v in given.items() if v is not None})
     lam = recipe.lam if args.lam is None else args.lam
-    recipe = dataclasses.replace(recipe, budget=budget, lam=lam)
+    return dataclasses.replace(recipe, budget=budget, lam=lam)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    if args.dry_run:
+        return _plan(args)
+    recipe = _recipe(args)
     from .merging import merge
     from .report import print_summary
 
     report = merge(recipe, args.out, device=args.device, progress=_progress(args), threads=args.threads)
     if not args.quiet and args.log_format == "text":
         print_summary(report, args.out)
+    if args.json:
+        print(json.dumps(report, default=str))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    recipe = _recipe(args)
+    from .plain import is_plain
+    from .planning.run import plan_merge
+    from .planning.table import print_plan
+
+    if not is_plain(recipe):
+        from . import pipeline  # noqa: F401 (its seconds of import are the merge's as well)
+    imports = time.perf_counter() - began
+    report = plan_merge(recipe, args.out, device=args.device, threads=args.threads, progress=_progress(args),
+                        imports=imports)  # fmt: skip
+    if not args.quiet and args.log_format == "text":
+        print_plan(report)
     if args.json:
         print(json.dumps(report, default=str))
 

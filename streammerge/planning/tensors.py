@@ -1,0 +1,91 @@
+"""What becomes of every tensor: alike ones in one row for a terminal, each by its name for a program."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from ..arch import SITE_OF
+from ..io.header import tensor_bytes
+from ..plan import Plan
+from ..recipe import Recipe
+
+
+def treatments(plan: Plan, rows: int) -> dict[str, dict[str, Any]]:
+    """Role of a module -> what its merged weights go through: λ, the rule of α, the basis. `rows`: positions of
+    Ω_think in all reasoning samples."""
+    return {module: {"lambda": plan.recipe.lam, "alpha": _alpha(plan.recipe, module),
+                     "basis": basis_of(plan, module, rows)} for module in plan.recipe.modules}  # fmt: skip
+
+
+def _alpha(recipe: Recipe, module: str) -> str:
+    rule = recipe.coefficients
+    if not recipe.needs_instruction:
+        return f"{rule.value:g}, the same everywhere"
+    whose = "its layer's mean"
+    if module in "qo":
+        whose = "of each head"
+    elif module in "kv":
+        whose = "the mean of the heads that read each key/value head"
+    over = {"model": "over all layers", "layer": "inside each layer"}[rule.scope]
+    return f"{rule.rule} {over}, in [{rule.bounds[0]:g}, {rule.bounds[1]:g}]: {whose}"
+
+
+def basis_of(plan: Plan, module: str, rows: int) -> dict[str, Any] | None:
+    """The basis that a module's delta is projected away from: its feature site, how many bases there are, the feature
+    rows behind each, their width, and the highest rank that they can have. None: no projection."""
+    recipe, layout = plan.recipe, plan.layout
+    if not recipe.needs_reasoning:
+        return None
+    site, count = SITE_OF[module], 1
+    width = plan.lrm.tensors[plan.family.weight(next(iter(plan.merged.values())).layer, module)].shape[-1]
+    if module == "v" and recipe.thinking.attended_values:
+        site, count, rows = "attn_in and attended", layout.kv_heads, rows * (1 + layout.group)
+    rule = recipe.basis.rank + {"energy": f" {recipe.basis.energy:g}", "fixed": f" {recipe.basis.size}"}.get(
+        recipe.basis.rank, "")  # fmt: skip
+    most = min(rows, width, recipe.basis.size or width)
+    return {"site": site, "rule": rule, "count": count, "rows": rows, "width": width, "rank_at_most": most}
+
+
+def per_tensor(plan: Plan, treated: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every tensor of the output, in its order."""
+    found = {}
+    for tensor in plan.tensors:
+        job, info = plan.merged.get(tensor.name), plan.lrm.tensors[tensor.name]
+        facts = {"action": "merged" if job else "copied", "shape": list(tensor.shape), "dtype": info.dtype,
+                 "written_as": tensor.dtype, "bytes": tensor_bytes(tensor.dtype, tensor.shape)}  # fmt: skip
+        if job:
+            facts |= {"layer": job.layer, "module": job.module, **treated[job.module]}
+        found[tensor.name] = facts
+    return found
+
+
+def groups(plan: Plan, tensors: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tensors that differ in their layer alone, as one row each: merged ones first, in the order of the recipe's
+    modules."""
+    prefix = re.compile(re.escape(plan.family.layers) + r"\.(\d+)\.")
+    found: dict[tuple, dict[str, Any]] = {}
+    for name, facts in tensors.items():
+        at = prefix.match(name)
+        key = (prefix.sub(f"{plan.family.layers}.*.", name), str(facts["shape"]), facts["dtype"], facts["action"])
+        same = ("action", "module", "shape", "dtype", "written_as", "lambda", "alpha", "basis")
+        group = found.setdefault(key, {"tensors": key[0], **{k: facts[k] for k in same if k in facts}, "count": 0,
+                                       "bytes": 0, "layers": []})  # fmt: skip
+        group["count"] += 1
+        group["bytes"] += facts["bytes"]
+        group["layers"] += [int(at[1])] if at else []
+    order = {module: n for n, module in enumerate(plan.recipe.modules)}
+    rows = sorted(found.values(), key=lambda g: order.get(g.get("module"), len(order)))
+    return [row | {"layers": spans(row["layers"])} for row in rows]
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    parts: list[list[int]] = []
+    for n in sorted(numbers):
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in parts)
