@@ -29,7 +29,7 @@ from .report import FILE_NAME as REPORT
 FILE_NAME = "streammerge_manifest.json"
 SUMS = "SHA256SUMS"
 SCHEMA = 1
-_FREE = ("budget", "allow_unchanged", "capture_cache")  # recipe keys that the output does not depend on
+_FREE = ("budget", "allow_unchanged", "capture_cache", "manifest")  # recipe keys that the output does not depend on
 _ORIGINS = {"instruct_model", "reasoning_model", "base_model"}  # told under `inputs`, which know a cache from a path
 
 
@@ -38,6 +38,8 @@ def write(note: Callable[[str], Path], plan: Plan, result: dict[str, Any]) -> No
 
     `note` gives the path of a name in OUT and sees to its removal on an error; `result` is the report.
     """
+    if plan.recipe.manifest == "none":
+        return
     files = result["verified"]["files"]
     raw = json.dumps(describe(plan, result), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     _place(note, SUMS, sums(files, raw))

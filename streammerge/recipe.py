@@ -134,6 +134,7 @@ class Recipe:
     capture_cache: str = "auto"  # where they wait for the next merge of the same LRM
     seed: int = setting(0, least=0)
     shard_size: str = setting("5GB", read=size)
+    manifest: Literal["sha256", "none"] = "sha256"  # none: `streammerge verify` has nothing to compare with
     allow_unchanged: bool = False
     budget: Budget = Budget()
     source: str = setting("<recipe>", hidden=True)  # the file it was read from

@@ -33,9 +33,10 @@ Read = Callable[[memoryview], None]
 class Digest:
     """A file that is read, and hashed in order by threads that take turns. `error`: why it cannot be read."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, hashed: bool = True) -> None:
         self.file, self.size, self.error, self._fd = file, 0, "", -1
-        self._hash, self._turn, self._moved = hashlib.sha256(), 0, threading.Condition()
+        self._hash = hashlib.sha256() if hashed else None
+        self._turn, self._moved = 0, threading.Condition()
         try:
             self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self._fd).st_size
@@ -56,6 +57,8 @@ class Digest:
 
     def add(self, number: int, data: np.ndarray | None) -> None:
         """Hash the file's piece `number`, once all before it are; None where it could not be read."""
+        if self._hash is None:
+            return
         with self._moved:
             self._moved.wait_for(lambda: self._turn == number)
         if data is not None:
@@ -65,8 +68,8 @@ class Digest:
             self._moved.notify_all()
 
     def hexdigest(self) -> str:
-        """The SHA256 of all that was added, "" where the file could not be read."""
-        return "" if self.error else self._hash.hexdigest()
+        """The SHA256 of all that was added, "" where it could not be read, or is not hashed."""
+        return "" if self.error or self._hash is None else self._hash.hexdigest()
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -142,12 +145,12 @@ def dealt(files: Iterable[Iterator[Piece]], ways: int) -> Iterator[Piece]:
 
 
 @contextmanager
-def opened(files: Iterable[Path]) -> Iterator[dict[str, Digest]]:
+def opened(files: Iterable[Path], hashed: bool = True) -> Iterator[dict[str, Digest]]:
     """{file name: its open Digest}, closed at the end."""
     found: dict[str, Digest] = {}
     try:
         for file in files:
-            found[file.name] = Digest(file)
+            found[file.name] = Digest(file, hashed)
         yield found
     finally:
         for digest in found.values():

@@ -35,15 +35,15 @@ def verify_output(plan: Plan, out: Path, threads: int | None = None) -> dict[str
 
 
 def _look(plan: Plan, written: Checkpoint, threads: int, problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Read every file of the output once -> {name: its size and sha256}. Adds to `problems`; InputError for an LRM with
-    NaN or infinite values."""
+    """Read every file of the output once -> {name: its size, and sha256 if wanted}. Adds to `problems`; InputError for
+    an LRM with NaN or infinite values."""
     shards: dict[Path, list] = {}
     for info in written.tensors.values():
         shards.setdefault(info.file, []).append(info)
     sides = {source.name: source for source in side_files(plan.lrm.path)}
-    index = written.path / INDEX
+    index, hashed = written.path / INDEX, plan.recipe.manifest != "none"
     others = [written.path / name for name in sides] + ([index] if index.exists() else [])
-    with opened([*shards, *others]) as digests, opened(sides.values()) as sources:
+    with opened([*shards, *others], hashed) as digests, opened(sides.values()) as sources:
 
         def twin(name: str) -> Checkpoint | Digest | None:
             return None if name in plan.merged else plan.lrm if name in plan.lrm.tensors else sources.get(name)
@@ -55,7 +55,8 @@ def _look(plan: Plan, written: Checkpoint, threads: int, problems: list[str]) ->
             return {}
         lanes = (file_pieces(d, shards.get(d.file, ()), twin) for d in digests.values())
         seen = scan(dealt(lanes, threads), threads)
-        files = {name: {"sha256": d.hexdigest(), "size": d.size} for name, d in sorted(digests.items())}
+        files = {name: ({"sha256": d.hexdigest()} if hashed else {}) | {"size": d.size}
+                 for name, d in sorted(digests.items())}  # fmt: skip
     for name in (n for n in (*written.tensors, *sides) if n in seen.changed):
         problems.append(f"{name}: not a byte copy of {sides[name]}" if name in sides else
                         f"{name}: should be the LRM's bytes and is not")  # fmt: skip

@@ -172,6 +172,16 @@ def open_checkpoint(path: Path, role: str) -> Checkpoint:
     if not path.is_dir():
         raise InputError(f"{role}: {path}: no such directory, wanted one with config.json and .safetensors files")
     problems: list[str] = []
+    found = examine(path, role, problems)
+    if problems:
+        raise InputError(listed(f"{role}: the checkpoint {path} cannot be used:", problems,
+                                "Nothing was read beyond the headers, nothing was written."))
+    return found
+
+
+def examine(path: Path, role: str, problems: list[str]) -> Checkpoint:
+    """`open_checkpoint` that adds a line to `problems` for all that is wrong, beginning with the file's name; what it
+    returns is whole only if there is none."""
     config = _read_config(path, problems)
     weight_map, files = _find_shards(path, problems)
     tensors: dict[str, TensorInfo] = {}
@@ -179,7 +189,7 @@ def open_checkpoint(path: Path, role: str) -> Checkpoint:
     for tensor, shard in (weight_map or {}).items():
         listed_in.setdefault(shard, []).append(tensor)
     for name in files:
-        missing = _bad_file(path, name)
+        missing = bad_file(path, name)
         if missing:
             problems.append(missing)
             continue
@@ -198,14 +208,11 @@ def open_checkpoint(path: Path, role: str) -> Checkpoint:
                 problems.append(f"{INDEX}: tensor {tensor[:200]!r} is not in {name}, where the index puts it")
     if not tensors and files and not problems:
         problems.append(f"{files[0]}: holds no tensor at all")
-    if problems:
-        raise InputError(listed(f"{role}: the checkpoint {path} cannot be used:", problems,
-                                "Nothing was read beyond the headers, nothing was written."))
     return Checkpoint(path, role, dict(sorted(tensors.items())), config)
 
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
-    bad = _bad_file(path, "config.json")
+    bad = bad_file(path, "config.json")
     if bad:
         problems.append(bad)
         return {}
@@ -240,7 +247,7 @@ def _find_shards(path: Path, problems: list[str]) -> tuple[dict[str, str] | None
 
 
 def _read_index(path: Path, problems: list[str]) -> tuple[dict[str, str], list[str]]:
-    bad = _bad_file(path, INDEX)
+    bad = bad_file(path, INDEX)
     if bad:
         problems.append(bad)
         return {}, []
@@ -255,7 +262,7 @@ def _read_index(path: Path, problems: list[str]) -> tuple[dict[str, str], list[s
     return weight_map, sorted(set(weight_map.values()))
 
 
-def _bad_file(path: Path, name: str) -> str | None:
+def bad_file(path: Path, name: str) -> str | None:
     """Why `name` is no file of this directory (a line for the user), or None if it is.
 
     A link may lead only where the Hub cache leads its own: to the blobs of the same model, or to the store that all
@@ -289,7 +296,7 @@ def side_files(path: Path) -> list[Path]:
         name = file.name.lower()
         if file.is_dir() or name.endswith((*_WEIGHTS, *CODE, ".partial")) or name.startswith((".", *_CARDS, *_STALE)):
             continue
-        bad = _bad_file(Path(path), file.name)
+        bad = bad_file(Path(path), file.name)
         problems += [bad] if bad else []
         kept.append(file)
     if problems:
