@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -24,8 +25,8 @@ _EXIT_CODES = """exit codes:
   0  done                       5  the written checkpoint failed verification
   1  a bug in streammerge       6  the merge changed nothing
   2  recipe or usage            7  thinking markers missing from too many samples
-  3  invalid input            130  interrupted (Ctrl-C); nothing is left behind
-  4  not enough memory or disk
+  3  invalid input             75  interrupted (SIGTERM); the same command goes on
+  4  not enough memory or disk  130  interrupted (Ctrl-C)
 """
 
 _MERGE = """Merge three checkpoints of one architecture as a recipe says.
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_merge_flags(merge, out=None)
     merge.add_argument("--dry-run", action="store_true", help="write nothing, print the plan (`streammerge plan`)")
+    _add_resume_flags(merge)
     merge.set_defaults(run=_merge)
     plan = commands.add_parser(
         "plan", help="what a merge would do and take", description=_PLAN, epilog=_EXIT_CODES, formatter_class=raw
@@ -174,6 +176,19 @@ def _whole(text: str, least: int) -> int:
     raise argparse.ArgumentTypeError(f"{text!r}: wanted a whole number, at least {least}")
 
 
+def _add_resume_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--restart", action="store_true", help="drop an unfinished merge in OUT and begin anew")
+    command.add_argument("--save-every", type=_seconds, default=30.0, metavar="SECONDS", help="how often to save for a "
+                         "resume (default: 30)")
+
+
+def _seconds(text: str) -> float:
+    seconds = _finite(text)
+    if seconds < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted seconds, at least 0")
+    return seconds
+
+
 def _add_output_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     command.add_argument("--quiet", action="store_true", help="no progress")
@@ -204,7 +219,8 @@ def _merge(args: argparse.Namespace) -> None:
     from .merging import merge
     from .report import print_summary
 
-    report = merge(recipe, args.out, device=args.device, progress=_progress(args), threads=args.threads)
+    report = merge(recipe, args.out, device=args.device, progress=_progress(args), threads=args.threads,
+                   restart=args.restart, save_every=args.save_every)  # fmt: skip
     if not args.quiet and args.log_format == "text":
         print_summary(report, args.out)
     if args.json:
@@ -272,13 +288,33 @@ def main(argv: list[str] | None = None) -> int:
     # idle OpenMP threads that spin steal the core from those that work: tenfold slower on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     tame_allocator()
+    with suppress(ValueError):  # not the main thread: then its owner hears the signals
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         args.run(args)
     except StreamMergeError as error:
-        return _failed(args, f"error: {error}", error.exit_code)
-    except KeyboardInterrupt:
-        return _failed(args, "interrupted; nothing was left behind", 130)
+        return _failed(args, f"error: {error}{_unfinished(args)}", error.exit_code)
+    except KeyboardInterrupt as stop:
+        left = _unfinished(args)
+        terminated = isinstance(stop, _Terminated)
+        return _failed(args, "interrupted" + (left or "; nothing was left behind"), 75 if left and terminated else 130)
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, but a pipeline hears that it may run the command again (exit code 75)."""
+
+
+def _terminated(*_: object) -> None:
+    raise _Terminated
+
+
+def _unfinished(args: argparse.Namespace) -> str:
+    """What to tell of a merge that can be gone on with."""
+    out = getattr(args, "out", None)
+    if args.command != "merge" or out is None or not (out / ".streammerge" / "journal.json").exists():
+        return ""
+    return f"\n{out} holds what was done so far: the same command goes on from there, --restart begins anew"
 
 
 def _failed(args: argparse.Namespace, message: str, exit_code: int) -> int:

@@ -13,6 +13,7 @@ class StreamMergeError(Exception):
     """A mistake that the user can mend; anything else that escapes is a bug (exit code 1)."""
 
     exit_code = 3
+    final = False  # whether going on later cannot help: then nothing is left of what was written
 
 
 class RecipeError(StreamMergeError):
@@ -37,12 +38,14 @@ class VerificationError(StreamMergeError):
     """The written checkpoint is not what was planned."""
 
     exit_code = 5
+    final = True
 
 
 class UnchangedError(StreamMergeError):
     """The merge changed nothing: the result is the LRM to rounding."""
 
     exit_code = 6
+    final = True
 
 
 class MarkersError(StreamMergeError):

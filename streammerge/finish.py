@@ -1,16 +1,14 @@
-"""The end of every merge, whatever its path: was anything changed, the report, and what goes when a check fails."""
+"""The end of every merge, whatever its path: was anything changed, and the report."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from . import memory, report
 from .errors import ResourceError, UnchangedError
+from .io.writer import CheckpointWriter
 from .plan import Plan
 
 _LEAST_EFFECT = 1e-2  # a merge that applies less than this share of ‖Δ‖ is the LRM with extra steps
@@ -31,23 +29,6 @@ def refuse_unchanged(plan: Plan, totals: dict[str, float]) -> None:
     )
 
 
-@contextmanager
-def undo_on_error(out: Path, files: list[str], made: list[Path]) -> Iterator[None]:
-    """A finished checkpoint that fails its check, or is interrupted in it, does not stay under a final name.
-
-    Only what this run wrote goes: `files` in `out`, and the directories that it `made`, innermost first.
-    """
-    try:
-        yield
-    except BaseException:
-        for name in (*files, report.FILE_NAME, report.FILE_NAME + ".partial"):
-            (out / name).unlink(missing_ok=True)
-        for folder in made:
-            with suppress(OSError):  # somebody else put a file there
-                folder.rmdir()
-        raise
-
-
 def peaks(device: str, floor: int, fresh: bool) -> dict[str, Any]:
     """Measured peaks in bytes. `floor` is the resident set at the start: interpreter, torch, transformers. What loads
     later (a tokenizer, the family's modules) counts as the merge's, and the plan has a term for it."""
@@ -61,11 +42,12 @@ def peaks(device: str, floor: int, fresh: bool) -> dict[str, Any]:
     }
 
 
-def write_report(out: Path, result: dict[str, Any]) -> None:
-    partial = out / (report.FILE_NAME + ".partial")
+def write_report(writer: CheckpointWriter, result: dict[str, Any]) -> None:
+    """The report beside the finished weights; with a kill in between both are the next run's to see to."""
+    partial, final = writer.note(report.FILE_NAME + ".partial"), writer.note(report.FILE_NAME)
     try:
         partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
-        os.replace(partial, out / report.FILE_NAME)
+        os.replace(partial, final)
     except OSError as error:
         raise ResourceError(f"{partial}: the report cannot be written: {error.strerror}; free some space and merge "
                             "again") from None

@@ -7,13 +7,17 @@ imports torch. Whatever raises, nothing is left under a final name.
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import memory, report
-from .finish import peaks, refuse_unchanged, undo_on_error, write_report
+from . import manifest, memory, report
+from .fingerprint import fingerprint
+from .finish import peaks, refuse_unchanged, write_report
 from .io.checkpoint import side_files
+from .io.claim import STATE
 from .io.writer import CheckpointWriter
+from .journal import EVERY, Journal, resumed
 from .outcome import Composed
 from .plain import Threads, fit_threads, is_plain, merge_plain
 from .plan import Plan, make_plan
@@ -30,11 +34,15 @@ def merge(
     device: str = "auto",
     progress: Progress | None = None,
     threads: int | None = None,
+    restart: bool = False,
+    save_every: float = EVERY,
 ) -> dict[str, Any]:
-    """Merge as the recipe says and write a checkpoint to `out`, a directory that is new or empty.
+    """Merge as the recipe says and write a checkpoint to `out`, a directory that is new, empty, or holds this very
+    merge unfinished: then it goes on there, unless `restart` says to drop it.
 
-    `threads`: CPU threads (None: all usable cores, or torch's choice where layers run). Returns the report (also
-    written to `out`/streammerge_report.json). Raises a StreamMergeError that says what to do; `out` then holds nothing.
+    `threads`: CPU threads (None: all usable cores, or torch's choice where layers run); `save_every`: seconds between
+    two saves of how far it has come. Returns the report (also written to `out`/streammerge_report.json). Raises a
+    StreamMergeError that says what to do; `out` then holds nothing, or what was saved for a resume.
     """
     if not is_plain(recipe) or device not in ("auto", "cpu"):
         from . import pipeline
@@ -42,12 +50,15 @@ def merge(
         if not is_plain(recipe):
             if threads:
                 pipeline.torch.set_num_threads(threads)
-            return pipeline.merge(recipe, out, device=device, progress=progress)
+            return pipeline.merge(recipe, out, device=device, progress=progress, restart=restart, save_every=save_every)
         pipeline.pick_device(device)  # a device that is not there is an error, though a plain merge asks for none
-    return _merge_plain(recipe, Path(out), progress or Progress("quiet"), threads or usable_cores())
+    progress = progress or Progress("quiet")
+    return _merge_plain(recipe, Path(out), progress, threads or usable_cores(), restart, save_every)
 
 
-def _merge_plain(recipe: Recipe, out: Path, progress: Progress, threads: int) -> dict[str, Any]:
+def _merge_plain(
+    recipe: Recipe, out: Path, progress: Progress, threads: int, restart: bool, save_every: float
+) -> dict[str, Any]:
     """The whole of a merge without calibration; returns the report."""
     began = time.perf_counter()
     fresh_meter, floor = memory.reset_host_peak(), memory.host_now()
@@ -56,26 +67,28 @@ def _merge_plain(recipe: Recipe, out: Path, progress: Progress, threads: int) ->
         budget = recipe.budget.host_memory
         limit = 0.9 * memory.total("host") if budget == "auto" else memory.parse_size(budget)
         fitted = fit_threads(plan, threads, limit or float("inf"))
-        made = [p for p in (out, *out.parents) if not p.exists()]
-        with CheckpointWriter(out, plan.tensors, memory.parse_size(recipe.shard_size)) as writer:
+        journal = Journal(out / STATE, fingerprint(plan, {"path": "without calibration"}), every=save_every)
+        go_on = partial(resumed, journal, restart=restart)
+        with CheckpointWriter(out, plan.tensors, memory.parse_size(recipe.shard_size), go_on) as writer:
             started = time.perf_counter()
-            composed = merge_plain(plan, writer, progress, fitted.count)
+            composed = merge_plain(plan, writer, progress, fitted.count, journal)
             merged = time.perf_counter() - started
             told = _describe(plan, composed, merged)
             refuse_unchanged(plan, told["totals"])
             for source in side_files(plan.lrm.path):
                 writer.add_file(source.name, source)
-            with undo_on_error(out, writer.files, made):
-                writer.finish()
-                result = {
-                    **report.inputs(plan),
-                    **told,
-                    "verified": verify_output(plan, out, fitted.count),
-                    "plan": _predicted(plan, fitted),
-                    "memory": peaks("cpu", floor, fresh_meter),
-                    "seconds": {"total": round(time.perf_counter() - began, 3), "merge": round(merged, 3)},
-                }
-                write_report(out, result)
+            writer.finish()
+            result = {
+                **report.inputs(plan),
+                **told,
+                "verified": verify_output(plan, out, fitted.count),
+                "plan": _predicted(plan, fitted),
+                "memory": peaks("cpu", floor, fresh_meter),
+                "seconds": {"total": round(time.perf_counter() - began, 3), "merge": round(merged, 3)},
+                "resumed_at": journal.resumed_at,
+            }
+            manifest.write(writer.note, plan, result)
+            write_report(writer, result)
     return result
 
 

@@ -6,22 +6,25 @@ is left under a final name: the writer's partial files go, and so does an output
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import kernels, memory, quantized, report
+from . import kernels, manifest, memory, quantized, report
 from .calibration import CalibrationSet, load_calibration
 from .errors import RecipeError
 from .estimate import predict
-from .finish import peaks, refuse_unchanged, undo_on_error, write_report
+from .fingerprint import fingerprint
+from .finish import peaks, refuse_unchanged, write_report
 from .forward import StreamedModel
 from .io.checkpoint import TORCH_DTYPES, side_files
+from .io.claim import STATE
 from .io.writer import CheckpointWriter
+from .journal import EVERY, Journal, resumed
 from .l_think import think_loss
 from .markers import find_markers, load_tokenizer
 from .memory import parse_size
@@ -36,11 +39,21 @@ from .workers import Workers
 _EMPTY = CalibrationSet((), (), (), {})
 
 
-def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Progress | None = None) -> dict[str, Any]:
-    """Merge as the recipe says and write a checkpoint to `out`, a directory that is new or empty.
+def merge(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+    restart: bool = False,
+    save_every: float = EVERY,
+) -> dict[str, Any]:
+    """Merge as the recipe says and write a checkpoint to `out`, a directory that is new, empty, or holds this very
+    merge unfinished: then it goes on there, unless `restart` says to drop it.
 
-    Returns the report (also written to `out`/streammerge_report.json). Raises a StreamMergeError that says what to do;
-    `out` then holds nothing.
+    Every `save_every` seconds it saves how far it has come. Returns the report (also written to `out`/
+    streammerge_report.json). Raises a StreamMergeError that says what to do; `out` then holds nothing, or what was
+    saved for a resume.
     """
     out, began, progress = Path(out), time.perf_counter(), progress or Progress("quiet")
     where = pick_device(device)
@@ -50,42 +63,56 @@ def merge(recipe: Recipe, out: str | Path, *, device: str = "auto", progress: Pr
     memory.reset_device_peak(where)
     with progress:
         plan = make_plan(recipe)
-        made = [p for p in (out, *out.parents) if not p.exists()]
-        with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size)) as writer:  # a bad OUT is told first
+        dtype = compute_dtype(plan, where)
+        journal = Journal(out / STATE, fingerprint(plan, _circumstances(recipe, where, dtype)), every=save_every)
+        go_on = partial(resumed, journal, restart=restart)
+        with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size), go_on) as writer:  # a bad OUT first
             data = calibrate(plan, progress)
             memory.give_back()  # the tokenizer's
-            dtype = compute_dtype(plan, where)
             estimate = predict(plan, data, where, dtype)
-            scratch = out / ".streammerge" / "bases"
-            try:
-                with Workers(estimate.workers) as workers:
-                    model = StreamedModel(plan.lrm, plan.family, where, dtype, workers)
-                    streams = Streams.open(data, estimate.tokens_per_batch, where, offload=estimate.offload)
-                    run = Run(plan, model, data, streams, writer, scratch, progress, estimate.ahead, estimate.keep)
-                    _sweep(run)
-                    told = _describe(run)
-                refuse_unchanged(plan, told["totals"])
-                _copy_rest(plan, writer)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-            with undo_on_error(out, writer.files, made):
-                writer.finish()
-                result = {
-                    **report.inputs(plan),
-                    **told,
-                    "warnings": [*plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data),
-                                 *(run.quantized.warnings() if run.quantized else [])],
-                    "calibration": data.notes | {"heldout": len(data.heldout)},
-                    "verified": verify_output(plan, out),
-                    "device": str(where),
-                    "compute_dtype": str(dtype).removeprefix("torch."),
-                    "kernels": kernels.ran(),
-                    "plan": estimate.as_dict(),
-                    "memory": peaks(str(where), floor, fresh_meter),
-                    "seconds": {"total": round(time.perf_counter() - began, 3), "sweep": round(run.meter.seconds, 3)},
-                }
-                write_report(out, result)
+            scratch = out / STATE / "bases"
+            with Workers(estimate.workers) as workers:
+                model = StreamedModel(plan.lrm, plan.family, where, dtype, workers)
+                streams = Streams.open(data, estimate.tokens_per_batch, where, offload=estimate.offload)
+                run = Run(plan, model, data, streams, writer, scratch, progress, estimate.ahead, estimate.keep)
+                run.journal = journal
+                _sweep(run)
+                told = _describe(run)
+            refuse_unchanged(plan, told["totals"])
+            _copy_rest(plan, writer)
+            writer.finish()
+            result = {
+                **report.inputs(plan),
+                **told,
+                "warnings": [*plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data),
+                             *(run.quantized.warnings() if run.quantized else [])],
+                "calibration": data.notes | {"heldout": len(data.heldout)},
+                "verified": verify_output(plan, out),
+                "device": str(where),
+                "compute_dtype": str(dtype).removeprefix("torch."),
+                "kernels": kernels.ran(),
+                "plan": estimate.as_dict(),
+                "memory": peaks(str(where), floor, fresh_meter),
+                "seconds": {"total": round(time.perf_counter() - began, 3), "sweep": round(run.meter.seconds, 3)},
+                "resumed_at": journal.resumed_at,
+            }
+            manifest.write(writer.note, plan, result)
+            write_report(writer, result)
     return result
+
+
+def _circumstances(recipe: Recipe, where: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What the batches and the last bits follow from, besides the recipe: a resume on other terms would show."""
+    budget = recipe.budget
+    return {
+        "device": where.type,
+        "compute dtype": str(dtype).removeprefix("torch."),
+        "CPU threads": torch.get_num_threads(),
+        "device memory": memory.total(str(where)) if budget.device_memory == "auto" else budget.device_memory,
+        "host memory": memory.total("host") if budget.host_memory == "auto" else budget.host_memory,
+        "tokens per batch": budget.tokens_per_batch,
+        "bitsandbytes": None if recipe.capture_weights == "native" else quantized.version(),
+    }
 
 
 def pick_device(name: str) -> torch.device:

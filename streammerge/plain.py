@@ -11,8 +11,9 @@ Memory: four chunks and a few blocks a thread, whatever the size of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from .errors import InputError, ResourceError
 from .io.disk import byte_buffer
 from .io.header import ITEM_BYTES
 from .io.writer import CheckpointWriter
+from .journal import Journal
 from .memory import format_size
 from .outcome import Composed
 from .plan import Plan
@@ -87,26 +89,60 @@ def _chunk_bytes(plan: Plan) -> int:
     return max(_COPY, CHUNK * max((ITEM_BYTES[code] for code in codes), default=0))
 
 
-def merge_plain(plan: Plan, writer: CheckpointWriter, progress: Progress, threads: int) -> dict[str, Composed]:
+def merge_plain(
+    plan: Plan, writer: CheckpointWriter, progress: Progress, threads: int, journal: Journal | None = None
+) -> dict[str, Composed]:
     """Write every tensor of the plan: merged as the recipe says, or the LRM's bytes. Returns what became of the merged.
 
-    Raises InputError for weights that are not finite, before or after, and what the reader and the writer raise.
+    `journal`: what an earlier run has done is left alone, and what this one has done is saved now and then. Raises
+    InputError for weights that are not finite, before or after, and what the reader and the writer raise.
     """
+    state = journal.state if journal and journal.state else {"placed": [], "composed": {}}
+    before = {name: Composed(**told) for name, told in state["composed"].items()}
+    left = [t for t in plan.tensors if t.name not in set(state["placed"])]
+    merged, copied = ([t.name for t in left if (t.name in plan.merged) == wanted] for wanted in (True, False))
     told: dict[_Chunk, _Told] = {}
-    jobs = [*_chunks(plan, plan.copied, _COPY, 1), *_chunks(plan, plan.merged, CHUNK, None)]
-    for tensor in plan.tensors:
+    jobs = [*_chunks(plan, copied, _COPY, 1), *_chunks(plan, merged, CHUNK, None)]
+    for tensor in left:
         writer.begin(tensor.name, tensor.dtype, tensor.shape)
-    progress.start("merge", sum(t.nbytes for t in plan.lrm.tensors.values()))
+    total = sum(t.nbytes for t in plan.lrm.tensors.values())
+    todo = sum(plan.lrm.tensors[t.name].nbytes for t in left)
+    progress.start("merge", total)
+    progress.advance(total - todo)
+
+    def composed() -> dict[str, Composed]:
+        chunks: dict[str, list[_Told | None]] = {name: [] for name in merged}
+        for chunk in jobs:  # in their order: sums do not know which thread was first
+            if chunk.name in chunks:
+                chunks[chunk.name].append(told.get(chunk))
+        return before | {name: _composed(plan, name, found) for name, found in chunks.items() if None not in found}
+
+    def tick(nbytes: int) -> None:
+        nonlocal todo
+        todo -= nbytes
+        progress.advance(nbytes, nbytes=nbytes)
+        if journal and todo and journal.due():
+            _save(journal, plan, writer, composed)
+
     try:
-        in_parallel(jobs, lambda: _Worker(plan, writer, told).do, threads, lambda n: progress.advance(n, nbytes=n))
+        in_parallel(jobs, lambda: _Worker(plan, writer, told).do, threads, tick)
     except _NotFinite as error:
         raise non_finite_everywhere(plan, _overflow(plan, str(error))) from None
     finally:
         progress.stop()
-    chunks: dict[str, list[_Told]] = {name: [] for name in plan.merged}
-    for chunk in jobs[-len(told) :] if told else ():
-        chunks[chunk.name].append(told[chunk])  # in the order of the jobs: sums do not know which thread was first
-    return {name: _composed(plan, name, found) for name, found in chunks.items()}
+    return composed()
+
+
+def _save(journal: Journal, plan: Plan, writer: CheckpointWriter, composed: Callable[[], dict[str, Composed]]) -> None:
+    """Make what is written durable, and note it."""
+    began, placed, found = time.monotonic(), writer.placed(), composed()
+    writer.flush()
+    placed = [name for name in placed if name not in plan.merged or name in found]
+    writer.keep()
+    journal.save({
+        "placed": placed, "composed": {n: asdict(told) for n, told in found.items() if n in set(placed)},
+        "label": f"merge: {len(placed)} of {len(plan.tensors)} tensors",
+    }, began)  # fmt: skip
 
 
 def _chunks(plan: Plan, names: Iterable[str], step: int, item: int | None) -> Iterator[_Chunk]:

@@ -22,6 +22,7 @@ from .io.drain import Drain
 from .io.feed import Feed
 from .io.stash import Stash
 from .io.writer import CheckpointWriter
+from .journal import Journal
 from .plan import Plan
 from .progress import Progress
 
@@ -47,6 +48,12 @@ class Streams:
     def all(self) -> list[Stream]:
         """Those that exist."""
         return list(self.named().values())
+
+    def moved(self, stage: str, layer: int, surveyed: bool) -> list[str]:
+        """Names of those that are past their embeddings, and still needed, before a layer of a stage."""
+        calibrating, checking = ("reasoning", "instruction"), ("reference", "verification")
+        wanted = calibrating if stage == "survey" else checking if surveyed else calibrating + checking
+        return [name for name in self.named() if name in wanted and layer]
 
     def named(self) -> dict[str, Stream]:
         """Those that exist, by name."""
@@ -117,6 +124,7 @@ class Run:
     observer: AttentionMass | None = None  # it knows each batch's rows and spans, so one serves all layers
     shelf: Stash | None = None  # where v_proj's features wait, layer by layer in the same memory
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    journal: Journal | None = None  # where snapshots for a resume go; None takes none
     quantized: Quantized | None = None  # the LRM's layers as the calibration forwards see them, if not as stored
 
     def advance(self, layer: int, weights: dict[str, Tensor], stream: Stream | None, **seen) -> None:

@@ -43,6 +43,7 @@ from .linalg import full_precision
 from .memory import give_back
 from .plan import Plan
 from .run import Run
+from .snapshot import restore, take
 from .verify import non_finite_everywhere
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -55,21 +56,45 @@ def sweep(run: Run) -> None:
         survey_first = surveyed(run.plan)
         run.quantized = Quantized(run.plan, run.model.device, run.model.dtype, keep=run.keep, survey=survey_first)
     with full_precision(run.model.device):
-        for stream in run.streams.all():
-            with run.meter.working(run.model.device, "embedding"):
-                run.model.embed(stream)
-            if not all(torch.isfinite(stream.stash.fetch(n)).all() for n in range(len(stream.batches))):
-                raise non_finite_everywhere(run.plan)
-        known = survey(run) if surveyed(run.plan) else None
-        layers = range(run.plan.layers)
+        stage, start = restore(run)
+        embed(run, stage)
+        known = survey(run, start if stage == "survey" else run.plan.layers) if surveyed(run.plan) else None
+        first = start if stage == "merge" else 0
+        run.progress.advance(done_before(run, stage, start))
+        run.alphas |= {layer: known[layer] if known else own_alpha(run, layer) for layer in range(first)}
+        layers = range(first, run.plan.layers)
         order = [item for layer in layers for item in read_order(run.plan, layer, lrm=layer not in run.kept)]
         with run.feed(order) as feed, run.drain() as drain:
             for layer in layers:
                 run.progress.advance(label=f"merge: layer {layer + 1}/{run.plan.layers}")
                 merge_layer(run, feed, drain, layer, known)
                 run.progress.layer("layer", layer, run.plan.layers)
+                take(run, drain, "merge", layer + 1)
                 give_back()
     run.meter.seconds = time.perf_counter() - began
+
+
+def done_before(run: Run, stage: str, start: int) -> int:
+    """Work units, token-layers and one a layer of a pass, that an earlier run has done."""
+    tokens = {name: stream.tokens for name, stream in run.streams.named().items()}
+    checking = tokens.get("reference", 0) + tokens.get("verification", 0)
+    if not surveyed(run.plan):
+        return start * (1 + sum(tokens.values()))
+    survey_layers = start if stage == "survey" else run.plan.layers
+    merge_layers = start if stage == "merge" else 0
+    return survey_layers * (1 + sum(tokens.values()) - checking) + merge_layers * (1 + checking)
+
+
+def embed(run: Run, stage: str) -> None:
+    """Token embeddings for every stream that is still to move and that no snapshot has brought back."""
+    for name, stream in run.streams.named().items():
+        done_with = stage == "merge" and surveyed(run.plan) and name in ("reasoning", "instruction")
+        if done_with or stream.stash.nbytes:
+            continue
+        with run.meter.working(run.model.device, "embedding"):
+            run.model.embed(stream)
+        if not all(torch.isfinite(stream.stash.fetch(n)).all() for n in range(len(stream.batches))):
+            raise non_finite_everywhere(run.plan)
 
 
 def read_order(plan: Plan, layer: int, *, lrm: bool = True, others: bool = True) -> list[tuple[Checkpoint, str]]:
@@ -119,9 +144,10 @@ def _write(writer: CheckpointWriter, name: str, fetch: Callable[[], Tensor]) -> 
     writer.write(name, fetch())
 
 
-def survey(run: Run) -> list[LayerAlpha]:
-    """The first of two passes: bases (kept on disk) and attention statistics from θ_R alone; α of the whole model."""
-    layers = range(run.plan.layers)
+def survey(run: Run, start: int) -> list[LayerAlpha]:
+    """The first of two passes: bases (kept on disk) and attention statistics from θ_R alone; α of the whole model.
+    Layers before `start` were done by an earlier run."""
+    layers = range(start, run.plan.layers)
     source = run.quantized.order if run.quantized else partial(read_order, run.plan, others=False)
     order = [item for layer in layers for item in source(layer)]
     with run.feed(order) as feed, run.drain() as drain:
@@ -132,6 +158,8 @@ def survey(run: Run) -> list[LayerAlpha]:
             run.masses[layer] = attention_masses(run, layer, weights)
             keep_layer(run, layer, lrm)
             run.progress.layer("survey", layer, run.plan.layers)
+            last = layer + 1 == run.plan.layers
+            take(run, drain, "merge" if last else "survey", 0 if last else layer + 1)
             del lrm, weights
             give_back()
     for stream in (run.streams.reasoning, run.streams.instruction):
@@ -139,7 +167,7 @@ def survey(run: Run) -> list[LayerAlpha]:
             stream.stash.drop()  # the merging pass moves the held-out set alone
     if run.shelf:
         run.shelf.drop()
-    masses = [run.masses[layer] for layer in layers]
+    masses = [run.masses[layer] for layer in range(run.plan.layers)]
     return alphas(masses, run.plan.recipe.coefficients, run.plan.layout)
 
 
@@ -180,11 +208,19 @@ def stage_two(
     run: Run, layer: int, lrm: dict[str, Tensor], others: list[tuple[str, Tensor, Tensor]], bases: LayerBases
 ) -> LayerAlpha:
     """The instruction set through θ_R + λ Δ⊥ (α = 1); α of this layer from its attention."""
+    if not run.plan.recipe.needs_instruction:
+        return own_alpha(run, layer)
+    layout = run.plan.layout
+    probe = {n: t for n, t, _ in compose_layer(run, lrm, others, bases, LayerAlpha.uniform(1.0, layout))}
+    run.masses[layer] = attention_masses(run, layer, lend(run, layer, lrm | probe))
+    return own_alpha(run, layer)
+
+
+def own_alpha(run: Run, layer: int) -> LayerAlpha:
+    """α of a layer from its own attention, or the same everywhere where the recipe measures none."""
     coefficients, layout = run.plan.recipe.coefficients, run.plan.layout
     if not run.plan.recipe.needs_instruction:
         return LayerAlpha.uniform(coefficients.value, layout)
-    probe = {n: t for n, t, _ in compose_layer(run, lrm, others, bases, LayerAlpha.uniform(1.0, layout))}
-    run.masses[layer] = attention_masses(run, layer, lend(run, layer, lrm | probe))
     return alphas([run.masses[layer]], coefficients, layout)[0]
 
 

@@ -1,9 +1,9 @@
 """The right to write into one output directory, and the journal of what was created there.
 
 The lock is a flock, which the kernel drops when its process dies however it dies, so no stale lock can block a user.
-The journal is the lock file's own content: the pid, then every name that the writer is about to create. After a kill
-the next writer removes exactly those names and starts over; whatever else lies in the directory is refused, never
-touched.
+The record is the lock file's own content: the pid, then every name that the writer is about to create. After a kill
+the next writer takes over exactly those names, to go on with them or to remove them; whatever else lies in the
+directory is refused, never touched.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import InputError
 
+_ARTIFACTS = ("journal.json", "journal.json.partial", "activations-*.safetensors", "bases/bases-*.safetensors")
 STATE = ".streammerge"  # the one name that an output directory may hold: artifacts of an earlier, unfinished merge
 
 
@@ -28,11 +30,13 @@ class Claim:
         self._names: list[str] = []  # as in the journal
         self._folders: list[Path] = []  # created here, outermost first
 
-    def acquire(self) -> None:
-        """Create and lock OUT, clear what a killed writer left. InputError if OUT is in use or holds anything else.
+    def acquire(self, go_on: Callable[[], bool] = lambda: False) -> bool:
+        """Create and lock OUT. Where a writer left unfinished files, `go_on` says, under the lock, whether they are
+        kept; else they are removed. Returns whether they were kept. InputError if OUT is in use or holds anything else.
 
-        On an error nothing is left behind. OSError where the directory cannot be created or locked.
+        On an error nothing is left behind that was not there. OSError where OUT cannot be created or locked.
         """
+        kept = False
         try:
             if os.path.lexists(self.out) and not self.out.is_dir():
                 raise InputError(f"{self.out}: is a file, wanted a new directory: choose another name")
@@ -41,15 +45,31 @@ class Claim:
                 self._check_empty()
             self._make(self.path.parent)
             self._lock()
-            journal = os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode("utf-8", "replace").splitlines()
-            if journal:
-                self._unlink(journal[1:])
+            record = os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode("utf-8", "replace").splitlines()
+            if record:
+                left = [n for n in dict.fromkeys(record[1:]) if Path(n).name == n]  # it is a file: believe plain names
+                kept = self._decide(go_on)
+                if kept:
+                    self._names = left
+                else:
+                    self._unlink(left)
+                    self._clear_state()
                 self._folders.append(self.path.parent)
             self._check_empty()
             os.ftruncate(self._fd, 0)
-            self._append(str(os.getpid()))
+            self._append("\n".join([str(os.getpid()), *self._names]))
         except BaseException:
             self.release(discard=True)
+            raise
+        return kept
+
+    def _decide(self, go_on: Callable[[], bool]) -> bool:
+        """Ask; where the answer is an error, what was left stays as it was."""
+        try:
+            return go_on()
+        except BaseException:
+            os.close(self._fd)
+            self._fd, self._folders = -1, []
             raise
 
     def record(self, name: str) -> None:
@@ -57,11 +77,24 @@ class Claim:
         self._append(name)
         self._names.append(name)
 
+    def retain(self, names: set[str]) -> None:
+        """Of the files that were taken over, remove all but these."""
+        self._unlink([n for n in self._names if n not in names])
+        self._names = [n for n in self._names if n in names]
+
+    def suspend(self) -> None:
+        """Give OUT up and leave everything in it, for a later writer to go on with."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._names, self._folders = -1, [], []
+
     def release(self, discard: bool) -> None:
         """Give OUT up; with `discard` remove all that was recorded and every directory that was created and is empty.
 
         Never raises: it runs while another error is on its way to the user. A second call does nothing.
         """
+        if self._fd >= 0:
+            self._clear_state()
         if discard:
             self._unlink(self._names)
         self._names = []
@@ -81,8 +114,18 @@ class Claim:
                 missing.mkdir()
                 self._folders.append(missing)
 
+    def _clear_state(self) -> None:
+        """Remove the journal and the artifacts of an unfinished merge; nothing that is not called as they are."""
+        folder = self.path.parent
+        for pattern in _ARTIFACTS:
+            for entry in folder.glob(pattern) if folder.is_dir() else ():
+                with contextlib.suppress(OSError):
+                    entry.unlink()
+        with contextlib.suppress(OSError):
+            (folder / "bases").rmdir()
+
     def _check_empty(self) -> None:
-        found = sorted(e for e in os.listdir(self.out) if e != STATE)
+        found = sorted(e for e in os.listdir(self.out) if e != STATE and e not in self._names)
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise InputError(f"{self.out} is not empty: found {', '.join(found[:5])}{more}; choose a new directory")

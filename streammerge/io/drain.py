@@ -38,6 +38,14 @@ class Drain:
         self.waited += time.perf_counter() - began
         self._lane.put(work, nbytes)
 
+    def flush(self) -> None:
+        """Wait until all that was handed over is done. Raises what it raised."""
+        done = threading.Event()
+        self.hand(done.set, 0)
+        while not done.wait(0.05):
+            if self._error is not None:
+                raise self._error
+
     def __exit__(self, kind, *_: object) -> None:
         if kind is not None:
             self._lane.close()

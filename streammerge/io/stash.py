@@ -43,6 +43,10 @@ class Stash:
         """One slice along the first dimension of what was put, on the device."""
         return self._away.part(batch, index) if self._away else self._held[batch][index]
 
+    def on_host(self) -> dict[int, Tensor]:
+        """Every batch, on the host."""
+        return self._away.on_host() if self._away else {n: t.cpu() for n, t in self._held.items()}
+
     def drop(self) -> None:
         """Forget every batch: the stream has been all the way up."""
         self._held.clear()
@@ -80,6 +84,10 @@ class _HostBlocks:
         stream.wait_event(landed)
         hidden.record_stream(stream)
         return hidden
+
+    def on_host(self) -> dict[int, Tensor]:
+        self._out.synchronize()
+        return self.blocks
 
     def part(self, batch: int, index: int) -> Tensor:
         self._left[batch].synchronize()

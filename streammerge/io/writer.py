@@ -13,12 +13,12 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ResourceError, listed
+from ..errors import InputError, ResourceError, listed
 from ..memory import format_size
 from .checkpoint import INDEX, Checkpoint
 from .claim import STATE, Claim
@@ -61,14 +61,25 @@ def plan_shards(tensors: Sequence[OutTensor], shard_bytes: int) -> dict[str, lis
 
 
 class CheckpointWriter:
-    """Writes one checkpoint into `out`. A context manager: leaving it without `finish` removes all that it created.
+    """Writes one checkpoint into `out`. A context manager: leaving it without `finish` removes all that it created,
+    or leaves it for a later run to go on with where `keep()` was called. What a checkpoint's own check finds after
+    `finish`, before the manager is left, still undoes it.
+
+    `go_on(folder)` is asked once OUT, where an earlier writer left unfinished files, is locked; `folder` is
+    OUT/.streammerge. It returns the names of the tensors that are in place, or None to begin anew.
 
     `files` are the final names, `bytes_written` the bytes handed to the kernel so far. What writes
     tensors may be called from several threads, which must have ended before `finish` or `abort`. Raises InputError
     where `out` cannot be used, ResourceError where the disk cannot.
     """
 
-    def __init__(self, out: Path, tensors: Sequence[OutTensor], shard_bytes: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        tensors: Sequence[OutTensor],
+        shard_bytes: int,
+        go_on: Callable[[Path], set[str] | None] = lambda folder: None,
+    ) -> None:
         self.out, self.bytes_written = Path(out), 0
         self._tensors = {t.name: t for t in tensors}
         if len(self._tensors) < len(tensors) or "__metadata__" in self._tensors or shard_bytes <= 0:
@@ -85,10 +96,18 @@ class CheckpointWriter:
         self._done: dict[str, bool] = {}  # tensor -> False while it is being written, then True
         self._mutex, self._claim, self._open = threading.Lock(), Claim(self.out), True
         self._needed, self._free = sum(size for _, size in headers.values()), 0
+        self._kept, placed = False, None
+
+        def ask() -> bool:
+            nonlocal placed
+            placed = go_on(self.out / STATE)
+            return placed is not None
+
         try:
             with self._guard(self.out):
-                self._claim.acquire()
+                self._kept = self._claim.acquire(ask)
             self._allocate(headers)
+            self._done = dict.fromkeys(placed or (), True)
         except BaseException:
             self.abort()
             raise
@@ -179,12 +198,33 @@ class CheckpointWriter:
             sync_folder(self.out)
             sync_folder(self.out.absolute().parent)
         self._open = False
-        self._claim.release(discard=False)
+
+    def placed(self) -> list[str]:
+        """Names of the tensors whose every byte was written."""
+        with self._mutex:
+            return [name for name, done in self._done.items() if done]
+
+    def keep(self) -> None:
+        """From now on an error leaves what was written, for a later run to go on with."""
+        self._kept = True
+
+    def flush(self) -> None:
+        """What was written so far is on the disk."""
+        for file, fd in list(self._fds.items()):
+            with self._guard(self._partial(file)):
+                os.fdatasync(fd)
+
+    def note(self, name: str) -> Path:
+        """The path of a file that somebody else is about to create in OUT: it goes with the rest on an error."""
+        self._claim.record(name)
+        return self.out / name
 
     def abort(self) -> None:
         """Remove every file and directory that this writer created. Does nothing after `finish` or a second time."""
-        if not self._open:
-            return
+        if self._open:
+            self._discard()
+
+    def _discard(self) -> None:
         self._open = False
         while self._fds:
             os.close(self._fds.popitem()[1])
@@ -193,8 +233,16 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.abort()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None and not self._open:
+            self._claim.release(discard=False)
+        elif kind is not None and self._kept and not getattr(kind, "final", False):
+            self._open = False
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+            self._claim.suspend()
+        else:
+            self._discard()
 
     def _start(self, name: str, dtype: str, shape: Sequence[int], device: str) -> tuple[str, int]:
         """Check a tensor against the plan and mark it as begun -> (file name, byte offset). ValueError: a bug."""
@@ -211,14 +259,33 @@ class CheckpointWriter:
 
     def _allocate(self, headers: dict[str, tuple[bytes, int]]) -> None:
         """Create all shards at their full size, headers included: a disk that is too small shows here."""
+        if self._kept:
+            self._claim.retain({f"{name}{end}" for name in headers for end in ("", ".partial")})
         self._free = shutil.disk_usage(self.out).free
-        if self._needed > self._free:
+        if self._needed > self._free and not self._kept:
             raise ResourceError(self._disk_full(self.out))
         for name, (raw, size) in headers.items():
+            if self._kept:
+                self._adopt(name, raw, size)
+                continue
             self._create(name)
             with self._guard(self._partial(name)):
                 reserve(self._fds[name], size)
             self._put(name, memoryview(raw), 0)
+
+    def _adopt(self, name: str, raw: bytes, size: int) -> None:
+        """Take over a shard that an earlier run began, or had already given its final name."""
+        partial, final = self._partial(name), self.out / name
+        with self._guard(partial):
+            if final.exists() and not partial.exists():
+                os.rename(final, partial)
+            try:
+                fd = self._fds[name] = os.open(partial, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                fd = -1
+            if fd < 0 or os.fstat(fd).st_size != size or os.pread(fd, len(raw), 0) != raw:
+                raise InputError(f"{partial}: is not what the unfinished merge in {self.out} had written: something "
+                                 "else has changed it. Add --restart to begin anew")
 
     def _partial(self, name: str) -> Path:
         return self.out / f"{name}.partial"

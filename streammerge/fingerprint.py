@@ -1,0 +1,82 @@
+"""What a merge's bytes depend on, in a form that two runs can compare: inputs, recipe, versions, choices of the plan.
+
+Weights are known by their headers' hash and each file's size and modification time: reading half a terabyte to find
+out that nothing has changed would cost as much as the merge. Small files (configs, tokenizer, calibration sets) are
+hashed whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import __version__
+from .io.checkpoint import Checkpoint, side_files
+from .plan import Plan, distinct
+from .recipe import to_yaml
+
+_UNBOUND = ("budget", "allow_unchanged")  # recipe keys that leave the bytes alone; a budget's choices are told apart
+
+
+def fingerprint(plan: Plan, choices: dict[str, Any]) -> dict[str, Any]:
+    """JSON-able and flat: what was looked at -> its value. `choices`: device, dtype, batch and threads of this run."""
+    found: dict[str, Any] = {"streammerge": __version__}
+    recipe = yaml.safe_load(to_yaml(plan.recipe))
+    for key in _UNBOUND:
+        recipe.pop(key, None)
+    found |= {f"recipe: {key}": value for key, value in _flat(recipe)}
+    for checkpoint in distinct(plan.lrm, plan.itm, plan.base):
+        found |= _of_checkpoint(checkpoint)
+    for file in side_files(plan.lrm.path):
+        found[f"reasoning_model: {file.name}"] = _hash(file)
+    for kind in ("reasoning", "instruction"):
+        path = getattr(plan.recipe.calibration, kind)
+        if path:
+            found[f"calibration.{kind}: {path}"] = _hash(Path(path))
+    found |= {f"version of {name}": importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    found["machine"] = platform.machine()
+    return found | {f"run: {key}": value for key, value in choices.items()}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for everything that is not the same."""
+    return [
+        f"{key}: was {_short(before.get(key))}, is {_short(now.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    headers: dict[Path, Any] = {}
+    for name, info in checkpoint.tensors.items():
+        seen = headers.setdefault(info.file, hashlib.sha256())
+        seen.update(f"{name} {info.dtype} {info.shape} {info.start} {info.nbytes}\n".encode())
+    found = {}
+    for file, seen in headers.items():
+        stat = file.stat()
+        found[f"{checkpoint.role}: {file.name}"] = [seen.hexdigest()[:16], stat.st_size, stat.st_mtime_ns]
+    found[f"{checkpoint.role}: config.json"] = _hash(checkpoint.path / "config.json")
+    return found
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _flat(value: dict[str, Any], prefix: str = ""):
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,0 +1,90 @@
+"""What an unfinished merge has made durable, so that the same command goes on where it was interrupted.
+
+OUT/.streammerge/journal.json holds the fingerprint of all that the output's bytes depend on, and the state of the last
+save: which tensors are in the partial shards, which layers were surveyed, what was found. It is replaced atomically,
+and only after everything that it speaks of is on the disk. Saves come by time, not by layer, so that a resume replays
+minutes; a save that takes long is followed by a longer pause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, ResourceError, listed
+from .fingerprint import differences
+from .io.disk import sync_folder
+
+FILE = "journal.json"
+EVERY = 30.0  # seconds between two saves, at least
+_SHARE = 20  # a save may take one part in so many of the time
+
+
+class Journal:
+    """The journal of one output directory. `state` is what an earlier run saved, None for a fresh start. `every`:
+    seconds between two saves, at least; 0 saves whenever it can, whatever it costs."""
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any], *, every: float = EVERY):
+        self.folder, self.fingerprint, self.every = folder, fingerprint, every
+        self.state: dict[str, Any] | None = None
+        self.saved = False  # something durable is there: an error leaves it in place
+        self.resumed_at: str | None = None
+        self._next = time.monotonic() + every
+
+    def open(self, *, restart: bool) -> None:
+        """Read what is there, once the directory is locked. InputError that lists the differences where it belongs to
+        another merge, unless `restart` says to drop it."""
+        file = self.folder / FILE
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            before, state = found["fingerprint"], found["state"]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError):
+            before, state = {}, None  # damaged: nothing of it can be believed
+        if restart or state is None:
+            with contextlib.suppress(OSError):
+                file.unlink()
+            return
+        changed = differences(before, json.loads(json.dumps(self.fingerprint)))
+        if changed:
+            raise InputError(listed(
+                f"{self.folder.parent}: holds an unfinished merge that differs from this one:", changed,
+                "Run it as it was to go on, add --restart to drop it and begin anew, or choose another OUT."))
+        self.state, self.saved = state, True
+        self.resumed_at = state.get("label")
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() >= self._next
+
+    def save(self, state: dict[str, Any], began: float) -> None:
+        """Replace the journal; all that `state` speaks of is on the disk. `began`: time.monotonic() when saving began.
+
+        Raises ResourceError where the disk cannot take it.
+        """
+        partial = self.folder / (FILE + ".partial")
+        try:
+            with open(partial, "w", encoding="utf-8") as f:
+                json.dump({"fingerprint": self.fingerprint, "state": state}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(partial, self.folder / FILE)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise ResourceError(f"{partial}: the journal cannot be written: {error.strerror}; free some disk and run "
+                                "the same command again") from error
+        self.saved = True
+        now = time.monotonic()
+        self._next = now + (max(self.every, _SHARE * (now - began)) if self.every else 0.0)
+
+
+def resumed(journal: Journal, folder: Path, *, restart: bool) -> set[str] | None:
+    """The writer's question: tensors that lie in the partial shards, or None to begin anew."""
+    assert folder == journal.folder
+    journal.open(restart=restart)
+    return set(journal.state["placed"]) if journal.state else None

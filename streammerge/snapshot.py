@@ -1,0 +1,89 @@
+"""Snapshots of a sweep between two layers, and the way back into one (journal.py says when and how they are kept).
+
+A snapshot is what the layers to come need of those before: attention masses and what became of each tensor in the
+journal, bases in their own files, activations of the streams that have moved in one safetensors file. Layers whose
+tensors a snapshot speaks of lie in the partial shards, on the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .attention import LayerMass
+from .errors import ResourceError
+from .io.drain import Drain
+from .journal import Journal
+from .outcome import Composed
+from .run import Run
+
+STAGES = ("survey", "merge")
+
+
+def take(run: Run, drain: Drain, stage: str, layer: int) -> None:
+    """Save a snapshot if it is time: `layer` is the next to be done in `stage`. Waits for the drain and the disk."""
+    journal = run.journal
+    if journal is None or not journal.due():
+        return
+    began = time.monotonic()
+    drain.flush()
+    run.writer.flush()
+    moved = run.streams.moved(stage, layer, run.plan.recipe.surveys)
+    file = _save_activations(journal, run, moved, f"{stage}-{layer:05d}") if moved else None
+    for bases in run.scratch.glob("bases-*.safetensors"):
+        _sync(bases)
+    names = [n for i in range(layer) for n in run.plan.layer_tensors(i)] if stage == "merge" else []
+    run.writer.keep()
+    journal.save({
+        "stage": stage, "layer": layer, "label": f"{stage}: layer {layer + 1}/{run.plan.layers}", "placed": names,
+        "masses": {str(i): [m.alignment.tolist(), m.leakage.tolist()] for i, m in run.masses.items()},
+        "composed": {name: dataclasses.asdict(told) for name, told in run.composed.items()},
+        "activations": file and file.name,
+    }, began)  # fmt: skip
+    for old in journal.folder.glob("activations-*.safetensors"):
+        if old != file:
+            old.unlink()
+
+
+def restore(run: Run) -> tuple[str, int]:
+    """Take up what an earlier run saved; returns the stage and the layer to go on with, ("survey", 0) for none."""
+    state = run.journal.state if run.journal else None
+    if state is None:
+        return STAGES[0], 0
+    for layer, (alignment, leakage) in state["masses"].items():
+        run.masses[int(layer)] = LayerMass(*(torch.tensor(v, dtype=torch.float64) for v in (alignment, leakage)))
+    run.composed |= {name: Composed(**told) for name, told in state["composed"].items()}
+    if state["activations"]:
+        held = load_file(run.journal.folder / state["activations"])
+        for name, stream in run.streams.named().items():
+            for n in range(len(stream.batches)):
+                if f"{name}/{n}" in held:
+                    stream.stash.put(n, held[f"{name}/{n}"].to(run.model.device))
+    return state["stage"], state["layer"]
+
+
+def _save_activations(journal: Journal, run: Run, names: list[str], label: str) -> Path:
+    streams = run.streams.named()
+    tensors = {f"{name}/{n}": t.contiguous() for name in names for n, t in streams[name].stash.on_host().items()}
+    file = journal.folder / f"activations-{label}.safetensors"
+    try:
+        save_file(tensors, file)
+        _sync(file)
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"{file}: the snapshot for a resume cannot be written ({error}); free some disk and run "
+                            "the same command again") from error
+    return file
+
+
+def _sync(file: Path) -> None:
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
