@@ -131,7 +131,8 @@ def _sweep(
     settings = predict(plan, data, where, dtype)
     _timed(spent, "model", lambda: StreamedModel(plan.lrm, plan.family, where, dtype))  # its names and shapes fit
     progress.event("probing the disk and the device")
-    read, write, speeds = _timed(spent, "probes", lambda: (*_disks(plan, disk), measure_speeds(where, dtype)))
+    read, write, speeds = _timed(spent, "probes", lambda: (*_disks(plan, disk), measure_speeds(
+        plan, settings.tokens_per_batch, where, dtype)))  # fmt: skip
     told = _speeds(read, write)
     parts = sweep_parts(plan, data, settings, speeds, read.rate, told["write_rate"])
     disk["bases_at_most"] = bases_bytes(plan, data)

@@ -1,7 +1,7 @@
 """How long will a merge with calibration take? Floating-point operations over this machine's measured speeds.
 
 An estimate, made from shapes alone: the forwards of every stream, the bases, and composing are counted in operations;
-each batch that passes through a layer also costs the calls of some operators, which is what small models consist of. A
+each batch that passes through a layer also costs the calls of its operators, which is what small models consist of. A
 pass over a layer takes the longer of its work and its disk, as in bench/extrapolate.py. `streammerge bench` measures
 the sweep itself and knows better.
 
@@ -25,11 +25,14 @@ from ..plan import Plan
 from ..recipe import Basis
 
 _PROBE = 0.4  # seconds for each speed
-_OPERATORS = 180  # calls that a batch makes on its way through a layer: modules, attention, masks, rotary embeddings
-_OPERATORS_LAYER = 1500  # and what composes, measures and writes one layer, whatever its size
-_HALF = 0.5  # rank of an energy basis over the highest that it can have: no header tells it
+# calls of operators, counted on the demo's trio: of a batch on its way through a layer (modules, masks, rotary
+# embeddings), more for each sample that is looked at on its way, and of composing a layer
+_OPERATORS, _OPERATORS_SAMPLE, _OPERATORS_LAYER = 94, 33, 960
+_HALF = 0.5  # rank of an energy basis over its highest, which no header tells; 0.31 to 0.44 in the demo
 _DENSE, _GRAM_ROWS = 1024, 2048  # where bases.py changes its way
-_SVD = 60  # operations of a small SVD or an eigenproblem over n³, at a matmul's speed
+# what factorising an [m, n] costs over a matmul's m·n²: QR, and an SVD in fp32 or an eigenproblem in fp64 over n³
+# (measured on one core for n = 256 to 1024: 6 to 8, and 18 to 36)
+_QR, _SVD = 7, 28
 
 
 @dataclass(frozen=True)
@@ -43,30 +46,37 @@ class Speeds:
     operator: float
 
 
-def measure_speeds(device: torch.device, dtype: torch.dtype) -> Speeds:
-    """Four short probes, two seconds in all, with as many threads as torch has now."""
-    size = 4096 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+def measure_speeds(plan: Plan, tokens: int, device: torch.device, dtype: torch.dtype) -> Speeds:
+    """Four short probes, two seconds in all, with as many threads as torch has now. The matmul is the FFN's own, of a
+    batch of `tokens`, as far as it is no larger than a probe may be: narrow ones are slower."""
+    rows, most = (min(tokens, 4096), 8192) if device.type == "cuda" else (min(tokens, 1024), 2048)
+    inner, outer = (min(plan.lrm.config[key], most) for key in ("hidden_size", "intermediate_size"))
+    a, b = torch.randn(rows, inner, device=device), torch.randn(outer, inner, device=device)
     low = a.to(dtype), b.to(dtype)
     one, few = torch.randn(1 << 22, device=device), torch.randn(64, device=device)
-    matmul = _seconds(lambda: low[0] @ low[1], device)
-    single = matmul if dtype == torch.float32 else _seconds(lambda: a @ b, device)
-    return Speeds(2 * size**3 / matmul, 2 * size**3 / single, len(one) / _seconds(lambda: one * 1.5, device),
+    flops = 2 * rows * inner * outer
+    matmul = _seconds(lambda: low[0] @ low[1].T, device)
+    single = matmul if dtype == torch.float32 else _seconds(lambda: a @ b.T, device)
+    return Speeds(flops / matmul, flops / single, len(one) / _seconds(lambda: one * 1.5, device),
                   _seconds(lambda: few * 1.5, device))  # fmt: skip
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, over many."""
+    """Of one call, over as many as the probe has time for."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     work()  # what is only made once
     wait()
-    calls, began = 0, time.perf_counter()
+    began = time.perf_counter()
+    work()
+    wait()
+    calls = max(1, min(1000, int(_PROBE / 4 / (time.perf_counter() - began))))  # between two looks at the clock
+    done, began = 0, time.perf_counter()
     while time.perf_counter() - began < _PROBE:
-        for _ in range(8):
+        for _ in range(calls):
             work()
         wait()
-        calls += 8
-    return (time.perf_counter() - began) / calls
+        done += calls
+    return (time.perf_counter() - began) / done
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,10 @@ def _layer(plan: Plan, data: CalibrationSet, tokens: int, speeds: Speeds) -> _La
     weights = [plan.lrm.tensors[n].shape for n in plan.layer_tensors(0)]
     elements = sum(math.prod(s) for s in weights)
     bases = _bases(plan, data)
-    first = {"forwards: reasoning": _forward(plan, data.reasoning, tokens, speeds) + _attended(plan, data, speeds)}
-    first["forwards: instruction"] = _forward(plan, data.instruction, tokens, speeds)
+    looks = _OPERATORS_SAMPLE * speeds.operator
+    first = {"forwards: reasoning": _forward(plan, data.reasoning, tokens, speeds) + _attended(plan, data, speeds)
+             + looks * len(data.reasoning)}  # fmt: skip
+    first["forwards: instruction"] = _forward(plan, data.instruction, tokens, speeds) + looks * len(data.instruction)
     first["bases"] = sum(b.count * _factorise(b, recipe.basis) for b in bases) / speeds.single
     second = {"forwards: held-out": 2 * _forward(plan, data.heldout, tokens, speeds)}
     twice = 2 if recipe.needs_instruction and recipe.coefficients.scope == "layer" else 1
@@ -198,13 +210,14 @@ def _factorise(basis: _Basis, rule: Basis) -> float:
     covariance = rule.method == "covariance" or (rule.method == "auto" and basis.rows > basis.width)
     gathered = 2 * basis.rows * basis.width**2 if covariance else 0
     large = basis.width if covariance else large
-    final = 4 * basis.width * rank**2
+    final = _QR * basis.width * rank**2
     if rule.method == "qr" or rule.rank == "exact" or (rule.method != "randomized" and small <= _DENSE):
-        return gathered + 8 * large * small**2 + _SVD * small**3 + final
+        rows = 0 if covariance else (_QR + 2) * large * small**2
+        return gathered + rows + _SVD * small**3 + final
     if rule.method == "auto" and not covariance and basis.rows <= _GRAM_ROWS and rule.rank == "energy":
         return gathered + large * small**2 + _SVD * small**3 + 2 * large * small * rank + final
     steps = 2 * (rule.power_iterations + 1)
-    return gathered + 2 * (2 * steps * large * small * rank + 3 * steps * large * rank**2) + final
+    return gathered + 2 * steps * (2 * large * small * rank + _QR / 2 * large * rank**2) + final
 
 
 def _projection(plan: Plan, bases: list[_Basis]) -> float:
