@@ -20,10 +20,10 @@ import yaml
 from .errors import InputError, ResourceError
 from .io.checkpoint import Checkpoint
 from .io.disk import sync_folder
-from .io.header import read_json, strict_json
+from .io.header import JSON_LIMIT, read_json, strict_json
 from .markers import PROFILES
 from .plan import Plan
-from .recipe import to_yaml
+from .recipe import Recipe, to_yaml
 from .report import FILE_NAME as REPORT
 
 FILE_NAME = "streammerge_manifest.json"
@@ -61,7 +61,8 @@ def describe(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
         "unhashed": [REPORT],
         "tensors": result["tensors"],
         "markers": ids,
-        "inputs": {c.role: _input(c) for c in (plan.lrm, plan.itm, plan.base)},
+        "calibration": calibration_files(plan.recipe),
+        "inputs": {c.role: describe_input(c) for c in (plan.lrm, plan.itm, plan.base)},
         "recipe": recipe,
         "recipe_sha256": recipe_hash(recipe),
     }
@@ -97,7 +98,7 @@ def added_markers(path: Path) -> dict[str, list[int]]:
     return {}
 
 
-def _input(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe_input(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where an input came from, and every shard's size and header hash: all of it again would be read for more."""
     shards = {}
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
@@ -107,6 +108,19 @@ def _input(checkpoint: Checkpoint) -> dict[str, Any]:
         hashed = hashlib.sha256(prefix + header).hexdigest()
         shards[file.name] = {"size": file.stat().st_size, "header_sha256": hashed}
     return origin(checkpoint.path) | {"files": shards}
+
+
+def calibration_files(recipe: Recipe) -> dict[str, str]:
+    """{kind: SHA256} of the recipe's calibration sets, "" for one that cannot be read."""
+    paths = {kind: getattr(recipe.calibration, kind) for kind in ("reasoning", "instruction")}
+    found = {}
+    for kind, path in paths.items():
+        if path:
+            try:
+                found[kind] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            except OSError:
+                found[kind] = ""
+    return found
 
 
 def origin(path: Path) -> dict[str, str]:
@@ -147,7 +161,8 @@ def read(out: Path) -> tuple[dict[str, Any], bytes]:
     damaged."""
     file = Path(out) / FILE_NAME
     try:
-        raw = file.read_bytes()
+        with file.open("rb") as stream:
+            raw = stream.read(JSON_LIMIT)
     except OSError as error:
         why = "no such file" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else error.strerror
         raise InputError(f"{file}: {why}: wanted the output of a finished `streammerge merge`, which has a "
@@ -162,8 +177,11 @@ def read(out: Path) -> tuple[dict[str, Any], bytes]:
         raise ValueError("markers must map texts to lists of token ids")
     if not isinstance(content.get("unhashed"), list) or not all(_is_name(n) for n in content["unhashed"]):
         raise ValueError("unhashed must be a list of file names")
-    if not isinstance(content.get("recipe"), dict) or not isinstance(content.get("inputs"), dict):
-        raise ValueError("recipe and inputs must be objects")
+    inputs = content.get("inputs")
+    if not isinstance(inputs, dict) or not all(isinstance(told, dict) for told in inputs.values()):
+        raise ValueError("inputs must map roles to objects")
+    if not isinstance(content.get("recipe"), dict):
+        raise ValueError("recipe must be an object")
     return content, raw
 
 
