@@ -62,6 +62,14 @@ have only a few layers of that shape, and extrapolates the time. The synthetic m
 """
 
 
+_VERIFY = """Is OUT still what `streammerge merge` wrote? Reads everything, writes nothing.
+
+Compares every file with OUT/streammerge_manifest.json by size and SHA256; checks headers, index, that all values are
+finite, that config.json's model takes every tensor, and that the tokenizer spells the thinking markers with the ids
+that it had. All that is wrong is told at once. Exit code 0, or 5; 3 where OUT has no manifest.
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -96,7 +104,26 @@ def parser() -> argparse.ArgumentParser:
     _add_output_flags(demo)
     demo.set_defaults(run=_demo)
     _add_bench(commands, raw)
+    _add_verify(commands, raw)
     return top
+
+
+def _add_verify(commands: argparse._SubParsersAction, raw: type) -> None:
+    """`streammerge verify` and its flags."""
+    verify = commands.add_parser(
+        "verify", help="compare a merged model with its manifest", description=_VERIFY, epilog=_EXIT_CODES,
+        formatter_class=raw,
+    )  # fmt: skip
+    verify.add_argument("out", type=Path, metavar="OUT", help="what a merge wrote")
+    verify.add_argument("--quick", action="store_true", help="read no weights: sizes, headers and all other files")
+    verify.add_argument("--generate", metavar="PROMPT", help="load the model on the CPU and answer this, greedily")
+    verify.add_argument("--tokens", type=_count, default=64, metavar="N", help="tokens to generate (default: 64)")
+    verify.add_argument("--insist", action="store_true", help="generate even with a model above 4 GiB")
+    verify.add_argument("--l-think", action="store_true", help="measure L_think again, against the reasoning model "
+                        "where the manifest says it lies")
+    verify.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: all cores)")
+    _add_output_flags(verify)
+    verify.set_defaults(run=_verify)
 
 
 def _add_merge_flags(to: argparse.ArgumentParser, out: str | None) -> None:
@@ -278,6 +305,23 @@ def _bench(args: argparse.Namespace) -> None:
         print_answer(report)
     if args.json:
         print(json.dumps(report))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .checking import check
+
+    found = check(
+        args.out, quick=args.quick, generate=args.generate, tokens=args.tokens, insist=args.insist,
+        l_think=args.l_think, threads=args.threads, progress=_progress(args),
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(found.as_dict()))
+    if not args.quiet and args.log_format == "text":
+        for line in found.lines():
+            print(line, file=sys.stderr)
+    error = found.error()
+    if error:
+        raise error
 
 
 def main(argv: list[str] | None = None) -> int:
