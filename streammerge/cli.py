@@ -265,7 +265,7 @@ def _plan(args: argparse.Namespace) -> None:
         from . import pipeline  # noqa: F401 (its seconds of import are the merge's as well)
     imports = time.perf_counter() - began
     report = plan_merge(recipe, args.out, device=args.device, threads=args.threads, progress=_progress(args),
-                        imports=imports)  # fmt: skip
+                        restart=getattr(args, "restart", False), imports=imports)  # fmt: skip
     if not args.quiet and args.log_format == "text":
         print_plan(report)
     if args.json:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from contextlib import suppress
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, ResourceError
+from ..fingerprint import fingerprint
 from ..io.claim import STATE
 from ..io.header import encode_header, tensor_bytes
 from ..io.writer import plan_shards
+from ..journal import FILE, Journal
 from ..memory import format_size, parse_size
 from ..plan import Plan
 
+RESUMED, DROPPED = "is resumed", "is dropped, the merge begins anew"
 
 def weights_bytes(plan: Plan) -> int:
     """Size of the output's weight files, headers included."""
@@ -30,17 +34,21 @@ def weights_bytes(plan: Plan) -> int:
     return total
 
 
-def look(plan: Plan, out: Path | None) -> dict[str, Any]:
-    """Bytes needed and free, and whether OUT holds an unfinished merge; without OUT only what is needed.
+def look(plan: Plan, out: Path | None, circumstances: dict[str, Any], *, restart: bool = False) -> dict[str, Any]:
+    """Bytes needed and free, and what becomes of an unfinished merge in OUT; without OUT only what is needed.
 
-    Raises InputError where OUT is a file, in use or not empty, ResourceError where it cannot be made or is too small.
+    `circumstances`: of this merge's fingerprint; `restart`: an unfinished merge is to be dropped. Raises InputError
+    where OUT is a file, in use, not empty or holds another merge, ResourceError where it cannot be made or is too
+    small.
     """
     needed = weights_bytes(plan)
     if out is None:
-        return {"output": needed, "free": None, "where": None, "unfinished": False}
+        return {"output": needed, "free": None, "where": None, "unfinished": None}
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"{out}: is a file, wanted a new directory: choose another name")
-    ours = _unfinished(out)
+    record = _record(out)
+    unfinished = _resumes(plan, out, circumstances, restart) if record else None
+    ours = [n for n in dict.fromkeys(record) if Path(n).name == n]
     found = sorted(e for e in os.listdir(out) if e != STATE and e not in ours) if out.exists() else []
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
@@ -48,15 +56,25 @@ def look(plan: Plan, out: Path | None) -> dict[str, Any]:
     where = existing(out)
     _writable(out, where)
     free = shutil.disk_usage(where).free
-    for name in ours:  # a merge goes on with them or removes them
+    for name in ours:  # the merge goes on with them or removes them
         with suppress(OSError):
             free += (out / name).lstat().st_blocks * 512
-    if needed > free:
+    if needed > free and unfinished != RESUMED:
         raise ResourceError(
             f"{out}: not enough disk: the weights need {format_size(needed)} ({needed} bytes), {format_size(free)} "
             f"({free} bytes) were free at the start. Free some space, or choose an output directory on another disk"
         )
-    return {"output": needed, "free": free, "where": str(where), "unfinished": bool(ours)}
+    return {"output": needed, "free": free, "where": str(where), "unfinished": unfinished}
+
+
+def _resumes(plan: Plan, out: Path, circumstances: dict[str, Any], restart: bool) -> str:
+    """What becomes of an unfinished merge. InputError that lists the differences where it is another one."""
+    folder = out / STATE
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if not restart and json.loads((folder / FILE).read_text("utf-8"))["state"] is not None:
+            Journal(folder, fingerprint(plan, circumstances)).open(restart=False)  # such a journal is read, no more
+            return RESUMED
+    return DROPPED
 
 
 def existing(out: Path) -> Path:
@@ -64,7 +82,7 @@ def existing(out: Path) -> Path:
     return next(p for p in (out.absolute(), *out.absolute().parents) if os.path.lexists(p))
 
 
-def _unfinished(out: Path) -> list[str]:
+def _record(out: Path) -> list[str]:
     """The names that an unfinished merge recorded in OUT. InputError where that merge still runs."""
     try:
         fd = os.open(out / STATE / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -81,7 +99,7 @@ def _unfinished(out: Path) -> list[str]:
                              "it to end, or choose another output directory") from None
     finally:
         os.close(fd)
-    return [n for n in dict.fromkeys(record[1:]) if Path(n).name == n and (out / n).exists()]
+    return record[1:]
 
 
 def _writable(out: Path, where: Path) -> None:

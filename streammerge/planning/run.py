@@ -32,6 +32,7 @@ def plan_merge(
     *,
     device: str = "auto",
     threads: int | None = None,
+    restart: bool = False,
     progress: Progress | None = None,
     imports: float = 0.0,
 ) -> dict[str, Any]:
@@ -45,8 +46,8 @@ def plan_merge(
     where = _device(recipe, device, threads, plain)
     with progress:
         plan = _timed(spent, "headers", lambda: make_plan(recipe))
-        disk = room.look(plan, out)
         side_files(plan.lrm.path)
+        disk = room.look(plan, out, _circumstances(plan, where), restart=restart)
         _refuse_certainly_unchanged(plan)
         settle = _plain if plain else _sweep
         facts, parts, rows = settle(plan, where, threads or usable_cores(), disk, spent, progress)
@@ -79,6 +80,15 @@ def _device(recipe: Recipe, name: str, threads: int | None, plain: bool) -> Any:
         pipeline.torch.set_num_threads(threads)
     quantized.check(recipe, where)
     return where
+
+
+def _circumstances(plan: Plan, where: Any) -> dict[str, Any]:
+    """What a resume depends on besides the inputs, as the merge tells it."""
+    if where is None:
+        return {"path": "without calibration"}
+    from .. import pipeline
+
+    return pipeline._circumstances(plan.recipe, where, pipeline.compute_dtype(plan, where))
 
 
 def _timed(spent: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
@@ -171,5 +181,5 @@ def _warnings(disk: dict[str, Any]) -> list[str]:
                    f"weights: {memory.format_size(disk['free'])} may not be enough; coefficients.scope: layer keeps "
                    "none")
     if disk["unfinished"]:
-        out.append("OUT holds an unfinished merge, which the merge takes over")
+        out.append(f"OUT holds an unfinished merge, which {disk['unfinished']}")
     return out
