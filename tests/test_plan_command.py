@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from streammerge import load_recipe
 from streammerge.cli import main
+from streammerge.fingerprint import fingerprint
 from streammerge.io.checkpoint import open_checkpoint
+from streammerge.journal import Journal
+from streammerge.plan import make_plan
 from streammerge.planning import disk, plain_time, sweep_time
 from streammerge.planning.disk import DiskSpeed
 from streammerge.planning.sweep_time import Speeds, sweep_parts
@@ -146,7 +150,7 @@ def test_a_disk_that_is_too_small(bench, monkeypatch):
         told.append(bench.capfd.readouterr().err)
     assert told[0] == told[1] and "1000 bytes" in told[0]
     assert planned(bench, recipe)["disk"] == {  # without OUT there is no disk to be too small
-        "output": planned(bench, recipe)["disk"]["output"], "free": None, "where": None, "unfinished": False,
+        "output": planned(bench, recipe)["disk"]["output"], "free": None, "where": None, "unfinished": None,
         "bases_at_most": planned(bench, recipe)["disk"]["bases_at_most"],
     }  # fmt: skip
 
@@ -165,20 +169,50 @@ def test_another_merge_is_at_work(bench):
     assert told[0] == told[1] and "pid 4711" in told[0]
 
 
-def test_an_unfinished_merge_is_told_and_left(bench):
+def test_an_unfinished_merge_is_told_and_left(bench, monkeypatch):
     """What it recorded is no obstacle, whatever else is; its room counts as free."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 30))
     recipe, lock = bench.recipe(), bench.out / ".streammerge" / "lock"
     lock.parent.mkdir(parents=True)
     lock.write_text("4711\nmodel.safetensors.partial\n../../recipe.yml\n")
     (bench.out / "model.safetensors.partial").write_bytes(os.urandom(1 << 20))
     before = traces(bench.root)
     plan = planned(bench, recipe, bench.out)
-    assert plan["disk"]["unfinished"] and any("unfinished" in w for w in plan["warnings"])
+    assert "anew" in plan["disk"]["unfinished"] and any("unfinished merge" in w for w in plan["warnings"])
     assert traces(bench.root) == before
-    assert plan["disk"]["free"] - shutil.disk_usage(bench.out).free > 0.5 * (1 << 20)
+    assert plan["disk"]["free"] >= (1 << 30) + (1 << 20)
     (bench.out / "mine.txt").write_text("mine")
     assert main(["plan", str(recipe), str(bench.out), "--quiet"]) == 3
     assert "found mine.txt;" in bench.capfd.readouterr().err
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_another_unfinished_merge_is_refused_as_the_merge_refuses_it(bench, monkeypatch, plain):
+    recipe = plain_recipe(bench) if plain else bench.recipe()
+    if plain:  # one that was saved before its first tensor
+        (bench.out / ".streammerge").mkdir(parents=True)
+        (bench.out / ".streammerge" / "lock").write_text("4711\nmodel.safetensors.partial\n")
+        journal = Journal(bench.out / ".streammerge",
+                          fingerprint(make_plan(load_recipe(recipe)), {"path": "without calibration"}))  # fmt: skip
+        journal.save({"placed": [], "composed": {}}, time.monotonic())
+    else:  # one that was stopped when all was merged and saved
+        with monkeypatch.context() as patch:
+            patch.setattr("streammerge.io.writer.CheckpointWriter.finish", stopped)
+            assert main(["merge", str(recipe), str(bench.out), "--quiet", "--save-every", "0"]) in (75, 130)
+    before = traces(bench.root)
+    assert planned(bench, recipe, bench.out)["disk"]["unfinished"] == "is resumed"
+    told = []
+    for command in ("plan", "merge"):
+        assert main([command, str(recipe), str(bench.out), "--lambda", "0.5", "--quiet"]) == 3
+        told.append(bench.capfd.readouterr().err)
+        assert traces(bench.root) == before or command == "merge"
+    assert told[1].startswith(told[0]) and "recipe: lambda: was 1.0, is 0.5" in told[0]
+    flags = (bench.out, "--lambda", "0.5", "--restart", "--dry-run")
+    assert "anew" in planned(bench, recipe, *flags, command="merge")["disk"]["unfinished"]
+
+
+def stopped(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("out", ["deep/out", "out", ""])
@@ -318,7 +352,6 @@ def test_the_estimate_follows_speeds_and_tokens(bench):
     """Deterministic in the speeds: what each part grows with."""
     from streammerge import pipeline
     from streammerge.estimate import predict
-    from streammerge.plan import make_plan
     from streammerge.progress import Progress
 
     plan = make_plan(load_recipe(bench.recipe(coefficients={"scope": "model"})))
