@@ -85,9 +85,11 @@ def predict(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch
 
 
 def _choices(longest: int, asked: int | None, device: torch.device) -> Iterator[Choice]:
-    """From the fastest to the smallest. A batch is never smaller than the longest sample, nor than was asked for."""
+    """From the fastest to the smallest. A sample longer than a batch makes a batch of its own, so that below the
+    longest sample smaller batches save nothing; what was asked for is not lowered."""
     cpu = device.type == "cpu"
-    tokens, least = max(longest, asked or (2048 if cpu else 8192)), max(longest, asked or 256)
+    tokens = asked or (2048 if cpu else 8192)
+    least = min(tokens, max(longest, asked or 256))
     workers, offload, part = torch.get_num_threads() if cpu else 1, False, 1
     yield Choice(tokens, workers, offload, part)
     while workers > 1:
@@ -140,6 +142,7 @@ class _Sizes:
     one_value: int  # of one head
     held: int  # activations of all streams
     batch: int  # one token batch on its way through a layer
+    hidden: int  # its hidden states alone
     composing: int
     embedding: int  # the rows of the embedding that occur
 
@@ -160,7 +163,8 @@ def _sizes(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.
     sets = (data.reasoning, data.heldout, data.instruction)
     held = sum(len(s.ids) for s in (*data.reasoning, *data.instruction)) + 2 * sum(len(s.ids) for s in data.heldout)
     longest = max((len(s.ids) for samples in sets for s in samples), default=0)
-    batch = min(tokens, int(1.25 * max(sum(len(s.ids) for s in samples) for samples in sets)))  # padding: a quarter
+    whole = int(1.25 * max(sum(len(s.ids) for s in samples) for samples in sets))  # padding: a quarter
+    batch = max(longest, min(tokens, whole))
     passing = batch * (8 * width + 3 * attn + 3 * wide) * item
     if config.get("sliding_window"):
         passing += 2 * longest**2  # the mask, which plain causal attention does without
@@ -180,6 +184,7 @@ def _sizes(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.
         one_value=one_value,
         held=int(1.25 * held * width * item),
         batch=passing,
+        hidden=batch * width * item,
         composing=composing,
         embedding=min(held, config.get("vocab_size") or held) * width * (item + 2),
     )
@@ -197,7 +202,7 @@ def _estimate(
     layer |= {"read ahead": max(ahead, size.largest)}
     batches = {"token batches": choice.workers * size.batch}
     if gpu and choice.offload:
-        batches["activations on their way"] = 3 * choice.tokens * plan.lrm.config["hidden_size"] * dtype.itemsize
+        batches["activations on their way"] = 3 * size.hidden
     features = {"features": 2 * size.features, "one basis of v_proj": 3 * size.one_value}
     merging = {"waiting to be written": max(ahead, size.largest), "ITM and base": 2 * size.largest}
     if twice:
