@@ -9,14 +9,16 @@ from ..memory import format_size
 
 def print_plan(plan: dict[str, Any]) -> None:
     """Tensors and what they go through, calibration, memory by term, disk, and time by part; on stderr."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(stderr=True, markup=False, highlight=False)  # a path may look like markup
     recipe = plan["recipe"]
-    table = Table(title=f"plan: {recipe['merge_method']}, λ = {recipe['lambda']}")
+    console.print(f"plan: {recipe['merge_method']}, λ = {recipe['lambda']}")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for column, justify in (("tensors", "left"), ("layers", "left"), ("shape", "right"), ("dtype", "left"),
-                            ("size", "right"), ("", "left")):  # fmt: skip
+                            ("size", "right"), ("action", "left")):  # fmt: skip
         table.add_column(column, justify=justify, overflow="fold")
     for group in plan["groups"]:
         table.add_row(
