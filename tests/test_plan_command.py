@@ -120,6 +120,9 @@ REFUSALS = {
     "OUT is below a file": (4, below_a_file, {}, ()),
     "budget": (4, nothing, {}, ("--host-memory", "50MB")),
     "budget of a plain merge": (4, nothing, PLAIN, ("--host-memory", "50KB")),
+    "budget, then OUT": (4, occupied, PLAIN, ("--host-memory", "50KB", "--lambda", "0")),
+    "OUT, then budget": (3, occupied, {}, ("--host-memory", "50MB", "--lambda", "0")),
+    "budget, then lambda": (4, nothing, {}, ("--host-memory", "50MB", "--lambda", "0")),
     "lambda": (6, nothing, {}, ("--lambda", "0")),
     "markers": (7, fewer_markers, {}, ()),
 }
@@ -374,6 +377,11 @@ def test_the_estimate_follows_speeds_and_tokens(bench):
     inside = [t for n, t in plan.lrm.tensors.items() if n.startswith("model.layers.")]
     read = 2 * sum(t.nbytes for t in inside) + 2 * sum(plan.lrm.tensors[n].nbytes for n in plan.merged)
     assert read / 1e5 - sum(usual.values()) < slow["waiting for the disk"] < 2 * read / 1e5
+    some = make_plan(load_recipe(bench.recipe(coefficients={"scope": "model"}, layers="1")))
+    third = sweep_parts(some, data, settings, Speeds(1e9, 1e9, 1e9, 0.0), 1e9, 1e9)
+    for part in ("composing", "bases"):
+        assert third[part] == pytest.approx(usual[part] / 3)
+    assert third["forwards: reasoning"] == usual["forwards: reasoning"]
     work = plain_time.plain_parts(plan, 2, DiskSpeed(1e6, 1, 1.0), 1e12, 1e12)
     cold = plain_time.plain_parts(plan, 2, DiskSpeed(1e6, 1, 0.0), 1e12, 1e12)
     assert work["arithmetic"] == pytest.approx(cold["waiting for the disk"] / 2, rel=1e-3)

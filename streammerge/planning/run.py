@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import memory, report
 from ..finish import refuse_unchanged
 from ..io.checkpoint import side_files
-from ..plain import fit_threads, is_plain
+from ..plain import Threads, fit_threads, is_plain
 from ..plan import Plan, make_plan
 from ..progress import Progress
 from ..recipe import Recipe
@@ -46,11 +47,11 @@ def plan_merge(
     where = _device(recipe, device, threads, plain)
     with progress:
         plan = _timed(spent, "headers", lambda: make_plan(recipe))
+        fitted = _fitted(plan, threads or usable_cores()) if plain else None
         side_files(plan.lrm.path)
         disk = room.look(plan, out, _circumstances(plan, where), restart=restart)
-        _refuse_certainly_unchanged(plan)
-        settle = _plain if plain else _sweep
-        facts, parts, rows = settle(plan, where, threads or usable_cores(), disk, spent, progress)
+        settle = partial(_plain, fitted) if plain else partial(_sweep, where)
+        facts, parts, rows = settle(plan, disk, spent, progress)
     treated = tensors.treatments(plan, rows)
     every = tensors.per_tensor(plan, treated)
     fixed = {k: v for k, v in spent.items() if k != "probes"}
@@ -106,15 +107,20 @@ def _refuse_certainly_unchanged(plan: Plan) -> None:
         refuse_unchanged(plan, {"applied_over_delta": 0.0, "changed_elements": 0, "delta_norm": norm})
 
 
+def _fitted(plan: Plan, threads: int) -> Threads:
+    """Threads of a plain merge, as merging.py fits them into the budget."""
+    budget = plan.recipe.budget.host_memory
+    limit = 0.9 * memory.total("host") if budget == "auto" else memory.parse_size(budget)
+    return fit_threads(plan, threads, limit or float("inf"))
+
+
 def _plain(
-    plan: Plan, where: None, threads: int, disk: dict, spent: dict, progress: Progress
+    fitted: Threads, plan: Plan, disk: dict, spent: dict, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, float], int]:
     """Facts, seconds by part, and rows of Ω_think of a merge that needs no data."""
     from .plain_time import block_speed, plain_parts
 
-    budget = plan.recipe.budget.host_memory
-    limit = 0.9 * memory.total("host") if budget == "auto" else memory.parse_size(budget)
-    fitted = fit_threads(plan, threads, limit or float("inf"))
+    _refuse_certainly_unchanged(plan)
     host = {f"buffers of {fitted.count} threads": fitted.nbytes}
     settings = {"tokens_per_batch": 0, "device": {}, "host": host, "device_total": 0, "host_total": fitted.nbytes,
                 "disk": sum(t.nbytes for t in plan.lrm.tensors.values())}  # fmt: skip
@@ -128,7 +134,7 @@ def _plain(
 
 
 def _sweep(
-    plan: Plan, where: Any, threads: int, disk: dict, spent: dict, progress: Progress
+    where: Any, plan: Plan, disk: dict, spent: dict, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, float], int]:
     """Facts, seconds by part, and rows of Ω_think of a merge with calibration."""
     from .. import pipeline
@@ -140,6 +146,7 @@ def _sweep(
     dtype = pipeline.compute_dtype(plan, where)
     settings = predict(plan, data, where, dtype)
     _timed(spent, "model", lambda: StreamedModel(plan.lrm, plan.family, where, dtype))  # its names and shapes fit
+    _refuse_certainly_unchanged(plan)
     progress.event("probing the disk and the device")
     read, write, speeds = _timed(spent, "probes", lambda: (*_disks(plan, disk), measure_speeds(
         plan, settings.tokens_per_batch, where, dtype)))  # fmt: skip

@@ -92,11 +92,10 @@ def sweep_parts(
 ) -> dict[str, float]:
     """Seconds by part, from the embedding to the verified output."""
     layer = _layer(plan, data, settings.tokens_per_batch, speeds)
-    names = plan.layer_tensors(0)
-    lrm = sum(plan.lrm.tensors[n].nbytes for n in names)
-    others = sum(c.tensors[n].nbytes for n in names if n in plan.merged for c in (plan.itm, plan.base))
+    lrm = sum(plan.lrm.tensors[n].nbytes for n in plan.layer_tensors(0))
+    others = sum(c.tensors[n].nbytes for n in plan.merged for c in (plan.itm, plan.base)) / plan.layers
     outside = sum(t.nbytes for t in plan.lrm.tensors.values()) - plan.layers * lrm
-    bases = sum(4 * b.count * b.width * b.rank for b in _bases(plan, data))
+    bases = _touched(plan) * sum(4 * b.count * b.width * b.rank for b in _bases(plan, data))
     passes = [(layer.merge, lrm + others, lrm)]
     if layer.survey:
         again = lrm * (1 - min(1.0, settings.keep // lrm / plan.layers))
@@ -115,7 +114,13 @@ def sweep_parts(
     }
 
 
+def _touched(plan: Plan) -> float:
+    """Share of the layers in which something is merged: only these have bases."""
+    return len({job.layer for job in plan.merged.values()}) / plan.layers
+
+
 def _layer(plan: Plan, data: CalibrationSet, tokens: int, speeds: Speeds) -> _Layer:
+    """Of the average layer."""
     recipe = plan.recipe
     weights = [plan.lrm.tensors[n].shape for n in plan.layer_tensors(0)]
     elements = sum(math.prod(s) for s in weights)
@@ -124,11 +129,12 @@ def _layer(plan: Plan, data: CalibrationSet, tokens: int, speeds: Speeds) -> _La
     first = {"forwards: reasoning": _forward(plan, data.reasoning, tokens, speeds) + _attended(plan, data, speeds)
              + looks * len(data.reasoning)}  # fmt: skip
     first["forwards: instruction"] = _forward(plan, data.instruction, tokens, speeds) + looks * len(data.instruction)
-    first["bases"] = sum(b.count * _factorise(b, recipe.basis) for b in bases) / speeds.single
+    first["bases"] = _touched(plan) * sum(b.count * _factorise(b, recipe.basis) for b in bases) / speeds.single
     second = {"forwards: held-out": 2 * _forward(plan, data.heldout, tokens, speeds)}
     twice = 2 if recipe.needs_instruction and recipe.coefficients.scope == "layer" else 1
-    second["composing"] = twice * (_projection(plan, bases) / speeds.single + 14 * elements / speeds.elements
-                                   + _OPERATORS_LAYER * speeds.operator)  # fmt: skip
+    merged = sum(math.prod(plan.lrm.tensors[n].shape) for n in plan.merged) / plan.layers
+    second["composing"] = twice * (_projection(plan, bases) / speeds.single + 14 * merged / speeds.elements
+                                   + _OPERATORS_LAYER * _touched(plan) * speeds.operator)  # fmt: skip
     lend = {"weights to the compute dtype": 3 * elements / speeds.elements}
     if recipe.surveys:
         return _Layer(first | lend, second | {k: 2 * v for k, v in lend.items()})
@@ -221,7 +227,7 @@ def _factorise(basis: _Basis, rule: Basis) -> float:
 
 
 def _projection(plan: Plan, bases: list[_Basis]) -> float:
-    """Operations of Δ U and its product with Uᵀ, over the merged modules of one layer."""
+    """Operations of Δ U and its product with Uᵀ, over the merged modules of the average layer."""
     ranks = {basis.width: basis.rank for basis in bases}
-    shapes = [plan.lrm.tensors[n].shape for n in plan.layer_tensors(0) if n in plan.merged]
-    return sum(4 * math.prod(s) * ranks.get(s[1], 0) for s in shapes)
+    shapes = [plan.lrm.tensors[n].shape for n in plan.merged]
+    return sum(4 * math.prod(s) * ranks.get(s[1], 0) for s in shapes) / plan.layers
