@@ -263,6 +263,13 @@ def test_other_strange_files_are_told(out, verify):
         assert f"note: {name}" in log
 
 
+def test_a_line_too_many_among_the_sums(out, verify):
+    with (out / SUMS).open("a") as f:
+        f.write("# a remark\n")
+    code, _, log = verify(out)
+    assert code == 5 and f"- {SUMS}: has other bytes than the merge wrote" in log and log.count("  - ") == 1
+
+
 def test_a_missing_list_of_sums(out, verify):
     (out / SUMS).unlink()
     code, _, log = verify(out)
@@ -412,8 +419,9 @@ def test_generation(merged, verify, monkeypatch):
 
 
 def test_generation_waits_for_the_rest_to_be_in_order(out, verify):
-    flip(out / "config.json", 50)
-    assert json.loads(verify(out, "--generate", "x", "--l-think", "--json")[1])["probes"] == {}
+    flip(shard_of(out, WEIGHT), -4)  # the last bits of a mantissa: the model would load and write
+    code, told, _ = verify(out, "--generate", "x", "--l-think", "--json")
+    assert code == 5 and json.loads(told)["probes"] == {}
 
 
 def test_l_think_is_measured_again(trio, sets, tmp_path, verify):
