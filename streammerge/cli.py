@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import __version__
-from .errors import StreamMergeError
+from .errors import ResourceError, StreamMergeError
 from .memory import tame_allocator
 
 _EXIT_CODES = """exit codes:
@@ -338,6 +338,9 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
     except StreamMergeError as error:
         return _failed(args, f"error: {error}{_unfinished(args)}", error.exit_code)
+    except OSError as error:  # the system's refusal where nobody expected one
+        what = f"{error.filename}: " if error.filename is not None else ""
+        return _failed(args, f"error: {what}{error.strerror or error}{_unfinished(args)}", ResourceError.exit_code)
     except KeyboardInterrupt as stop:
         left = _unfinished(args)
         terminated = isinstance(stop, _Terminated)

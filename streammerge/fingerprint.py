@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from . import __version__
-from .io.checkpoint import Checkpoint, side_files
+from .errors import InputError
+from .io.checkpoint import Checkpoint
 from .plan import Plan, distinct
 from .recipe import to_yaml
 
@@ -24,7 +25,16 @@ _UNBOUND = ("budget", "allow_unchanged")  # recipe keys that leave the bytes alo
 
 
 def fingerprint(plan: Plan, choices: dict[str, Any]) -> dict[str, Any]:
-    """JSON-able and flat: what was looked at -> its value. `choices`: device, dtype, batch and threads of this run."""
+    """JSON-able and flat: what was looked at -> its value. `choices`: device, dtype, batch and threads of this run.
+    InputError for a file that can no longer be read."""
+    try:
+        return _looked_at(plan, choices)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}: is something else changing the "
+                         "checkpoint?") from error
+
+
+def _looked_at(plan: Plan, choices: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"streammerge": __version__}
     recipe = yaml.safe_load(to_yaml(plan.recipe))
     for key in _UNBOUND:
@@ -32,7 +42,7 @@ def fingerprint(plan: Plan, choices: dict[str, Any]) -> dict[str, Any]:
     found |= {f"recipe: {key}": value for key, value in _flat(recipe)}
     for checkpoint in distinct(plan.lrm, plan.itm, plan.base):
         found |= _of_checkpoint(checkpoint)
-    for file in side_files(plan.lrm.path):
+    for file in plan.lrm.sides:
         found[f"reasoning_model: {file.name}"] = _hash(file)
     for kind in ("reasoning", "instruction"):
         path = getattr(plan.recipe.calibration, kind)

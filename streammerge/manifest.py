@@ -102,11 +102,16 @@ def describe_input(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where an input came from, and every shard's size and header hash: all of it again would be read for more."""
     shards = {}
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            header = stream.read(int.from_bytes(prefix, "little"))
+        try:
+            with file.open("rb") as stream:
+                prefix = stream.read(8)
+                header = stream.read(int.from_bytes(prefix, "little"))
+                size = os.fstat(stream.fileno()).st_size
+        except OSError as error:
+            raise InputError(f"{checkpoint.role}: {file}: was read and can no longer be: {error.strerror}: is "
+                             "something else changing the checkpoint?") from error
         hashed = hashlib.sha256(prefix + header).hexdigest()
-        shards[file.name] = {"size": file.stat().st_size, "header_sha256": hashed}
+        shards[file.name] = {"size": size, "header_sha256": hashed}
     return origin(checkpoint.path) | {"files": shards}
 
 

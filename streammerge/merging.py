@@ -14,7 +14,6 @@ from typing import Any
 from . import manifest, memory, report
 from .fingerprint import fingerprint
 from .finish import peaks, refuse_unchanged, write_report
-from .io.checkpoint import side_files
 from .io.claim import STATE
 from .io.writer import CheckpointWriter
 from .journal import EVERY, Journal, resumed
@@ -75,7 +74,7 @@ def _merge_plain(
             merged = time.perf_counter() - started
             told = _describe(plan, composed, merged)
             refuse_unchanged(plan, told["totals"])
-            for source in side_files(plan.lrm.path):
+            for source in plan.lrm.sides:
                 writer.add_file(source.name, source)
             writer.finish()
             result = {

@@ -21,7 +21,7 @@ from .estimate import predict
 from .fingerprint import fingerprint
 from .finish import peaks, refuse_unchanged, write_report
 from .forward import StreamedModel
-from .io.checkpoint import TORCH_DTYPES, side_files
+from .io.checkpoint import TORCH_DTYPES
 from .io.claim import STATE
 from .io.writer import CheckpointWriter
 from .journal import EVERY, Journal, resumed
@@ -170,7 +170,7 @@ def _copy_rest(plan: Plan, writer: CheckpointWriter) -> None:
     for name in plan.copied:
         if not name.startswith(plan.family.layers + "."):
             writer.copy(name, plan.lrm)
-    for source in side_files(plan.lrm.path):
+    for source in plan.lrm.sides:
         writer.add_file(source.name, source)
 
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .attention import LayerMass
-from .errors import ResourceError
+from .errors import InputError, ResourceError
 from .io.drain import Drain
 from .journal import Journal
 from .outcome import Composed
@@ -37,7 +40,8 @@ def take(run: Run, drain: Drain, stage: str, layer: int) -> None:
     moved = run.streams.moved(stage, layer, run.plan.recipe.surveys)
     file = _save_activations(journal, run, moved, f"{stage}-{layer:05d}") if moved else None
     for bases in run.scratch.glob("bases-*.safetensors"):
-        _sync(bases)
+        with _telling(bases):
+            _sync(bases)
     names = [n for i in range(layer) for n in run.plan.layer_tensors(i)] if stage == "merge" else []
     run.writer.keep()
     journal.save({
@@ -60,7 +64,7 @@ def restore(run: Run) -> tuple[str, int]:
         run.masses[int(layer)] = LayerMass(*(torch.tensor(v, dtype=torch.float64) for v in (alignment, leakage)))
     run.composed |= {name: Composed(**told) for name, told in state["composed"].items()}
     if state["activations"]:
-        held = load_file(run.journal.folder / state["activations"])
+        held = read_back(run.journal.folder / state["activations"])
         for name, stream in run.streams.named().items():
             for n in range(len(stream.batches)):
                 if f"{name}/{n}" in held:
@@ -72,13 +76,28 @@ def _save_activations(journal: Journal, run: Run, names: list[str], label: str) 
     streams = run.streams.named()
     tensors = {f"{name}/{n}": t.contiguous() for name in names for n, t in streams[name].stash.on_host().items()}
     file = journal.folder / f"activations-{label}.safetensors"
-    try:
+    with _telling(file):
         save_file(tensors, file)
         _sync(file)
+    return file
+
+
+@contextmanager
+def _telling(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise ResourceError(f"{file}: the snapshot for a resume cannot be written ({error}); free some disk and run "
                             "the same command again") from error
-    return file
+
+
+def read_back(file: Path) -> dict[str, Tensor]:
+    """Tensors that this merge, or the one that it goes on with, had saved. InputError where they cannot be read."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: is not what the unfinished merge had written ({error}). Add --restart to begin "
+                         "anew") from error
 
 
 def _sync(file: Path) -> None:

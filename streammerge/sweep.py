@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .arch import SITES
@@ -43,7 +43,7 @@ from .linalg import full_precision
 from .memory import give_back
 from .plan import Plan
 from .run import Run
-from .snapshot import restore, take
+from .snapshot import read_back, restore, take
 from .verify import non_finite_everywhere
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -286,7 +286,7 @@ def save_bases(drain: Drain, scratch: Path, layer: int, bases: LayerBases) -> No
 
 def load_bases(scratch: Path, layer: int) -> LayerBases:
     """What `save_bases` kept."""
-    tensors = load_file(scratch / f"bases-{layer:05d}.safetensors")
+    tensors = read_back(scratch / f"bases-{layer:05d}.safetensors")
     named = {}
     for key in (k[:-2] for k in tensors if k.endswith("/u")):
         energy, count = tensors[key + "/facts"].tolist()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, StreamMergeError, VerificationError, listed, overflow
-from .io.checkpoint import INDEX, Checkpoint, open_checkpoint, side_files
+from .io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from .plan import Plan, distinct
 from .scan import Digest, dealt, file_pieces, opened, scan, tensor_pieces
 from .threads import usable_cores
@@ -40,7 +40,7 @@ def _look(plan: Plan, written: Checkpoint, threads: int, problems: list[str]) ->
     shards: dict[Path, list] = {}
     for info in written.tensors.values():
         shards.setdefault(info.file, []).append(info)
-    sides = {source.name: source for source in side_files(plan.lrm.path)}
+    sides = {source.name: source for source in plan.lrm.sides}
     index, hashed = written.path / INDEX, plan.recipe.manifest != "none"
     others = [written.path / name for name in sides] + ([index] if index.exists() else [])
     with opened([*shards, *others], hashed) as digests, opened(sides.values()) as sources:

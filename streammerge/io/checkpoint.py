@@ -13,6 +13,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,11 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
     _files: _Files = field(default_factory=_Files, repr=False, compare=False)
+
+    @cached_property
+    def sides(self) -> list[Path]:
+        """`side_files`, as they were at the first look: one that vanishes later is missed."""
+        return side_files(self.path)
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor on the CPU in its stored dtype; holds that one tensor. InputError if the file changed."""

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from ..errors import InputError
 
-_ARTIFACTS = ("journal.json", "journal.json.partial", "activations-*.safetensors", "bases/bases-*.safetensors")
+_ARTIFACTS = ("journal.json", "journal.json.partial", "activations-*.safetensors", "bases/bases-*.safetensors",
+              ".tmp*", "bases/.tmp*")  # the last two: a kill while the safetensors library saves
 STATE = ".streammerge"  # the one name that an output directory may hold: artifacts of an earlier, unfinished merge
 
 

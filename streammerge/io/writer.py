@@ -216,7 +216,8 @@ class CheckpointWriter:
 
     def note(self, name: str) -> Path:
         """The path of a file that somebody else is about to create in OUT: it goes with the rest on an error."""
-        self._claim.record(name)
+        with self._guard(self.out / name):
+            self._claim.record(name)
         return self.out / name
 
     def abort(self) -> None:
