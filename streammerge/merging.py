@@ -6,12 +6,14 @@ imports torch. Whatever raises, nothing is left under a final name.
 
 from __future__ import annotations
 
+import os
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import manifest, memory, report
+from .errors import InputError
 from .fingerprint import fingerprint
 from .finish import peaks, refuse_unchanged, write_report
 from .io.claim import STATE
@@ -43,6 +45,7 @@ def merge(
     two saves of how far it has come. Returns the report (also written to `out`/streammerge_report.json). Raises a
     StreamMergeError that says what to do; `out` then holds nothing, or what was saved for a resume.
     """
+    _refuse_inside(recipe, Path(out))
     if not is_plain(recipe) or device not in ("auto", "cpu"):
         from . import pipeline
 
@@ -53,6 +56,15 @@ def merge(
         pipeline.pick_device(device)  # a device that is not there is an error, though a plain merge asks for none
     progress = progress or Progress("quiet")
     return _merge_plain(recipe, Path(out), progress, threads or usable_cores(), restart, save_every)
+
+
+def _refuse_inside(recipe: Recipe, out: Path) -> None:
+    """InputError where OUT would lie in the directory of one of the models: nothing is ever written there."""
+    for key in ("reasoning_model", "instruct_model", "base_model"):
+        model = getattr(recipe, key)
+        if model and os.path.isdir(model) and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(model)):
+            raise InputError(f"{out}: lies in {key} {model}, in which nothing is written: choose a directory outside "
+                             "of the models")
 
 
 def _merge_plain(
