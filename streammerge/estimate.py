@@ -139,8 +139,8 @@ class _Sizes:
     largest: int  # the largest tensor of a layer as stored
     features: int  # rows or covariances of one layer, without the values' own
     values: int  # those of v_proj, all heads
-    one_value: int  # of one head
-    held: int  # activations of all streams
+    one_value: int  # of one head while its basis is built
+    held: int  # activations of the streams that move in one pass
     batch: int  # one token batch on its way through a layer
     hidden: int  # its hidden states alone
     composing: int
@@ -160,8 +160,11 @@ def _sizes(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.
     features = sum(4 * w * min(max(rows, 1), w) for w in (width, attn, width, wide)) if rows else 0
     attended = rows * (1 + layout.group) if rows and plan.recipe.thinking.attended_values else 0
     one_value = 4 * width * min(attended, width)
+    waiting = 4 * width * (attended if attended <= 4 * width else width)  # capture.waits
     sets = (data.reasoning, data.heldout, data.instruction)
-    held = sum(len(s.ids) for s in (*data.reasoning, *data.instruction)) + 2 * sum(len(s.ids) for s in data.heldout)
+    thinking, checking, asking = (sum(len(s.ids) for s in samples) for samples in sets)
+    held = thinking + 2 * checking
+    held = max(held, asking) if plan.recipe.surveys else held + asking
     longest = max((len(s.ids) for samples in sets for s in samples), default=0)
     whole = int(1.25 * max(sum(len(s.ids) for s in samples) for samples in sets))  # padding: a quarter
     batch = max(longest, min(tokens, whole))
@@ -180,8 +183,8 @@ def _sizes(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.
         copy=elements * item if copied else 0,
         largest=largest,
         features=features,
-        values=layout.kv_heads * one_value,
-        one_value=one_value,
+        values=layout.kv_heads * waiting,
+        one_value=waiting + 2 * one_value,
         held=int(1.25 * held * width * item),
         batch=passing,
         hidden=batch * width * item,
@@ -203,8 +206,9 @@ def _estimate(
     batches = {"token batches": choice.workers * size.batch}
     if gpu and choice.offload:
         batches["activations on their way"] = 3 * size.hidden
-    features = {"features": 2 * size.features, "one basis of v_proj": 3 * size.one_value}
-    merging = {"waiting to be written": max(ahead, size.largest), "ITM and base": 2 * size.largest}
+    layer |= {"waiting to be written": max(ahead, size.largest)}
+    features = {"features": 2 * size.features, "one basis of v_proj": size.one_value}
+    merging = {"ITM and base": 2 * size.largest}
     if twice:
         merging["ITM and base"] = 2 * size.native
         merging["the probe"] = size.written
@@ -213,7 +217,7 @@ def _estimate(
     first, second = layer | batches | features, layer | merging | batches | rest
     passes = [first | second] if twice else [first, second]
     if not gpu:
-        kept = {"offloaded activations": size.held, "features and bases of v_proj": 2 * size.values}
+        kept = {"offloaded activations": size.held, "features of v_proj, and bases": 2 * size.values}
         host = max(passes, key=lambda terms: sum(terms.values())) | kept | {"tokenizer and model code": _INTERPRETER}
         return Estimate(choice, ahead, 0, {}, host, _disk(plan))
     for terms in passes:

@@ -70,11 +70,10 @@ def merge(
             data = calibrate(plan, progress)
             memory.give_back()  # the tokenizer's
             estimate = predict(plan, data, where, dtype)
-            scratch = out / STATE / "bases"
             with Workers(estimate.workers) as workers:
                 model = StreamedModel(plan.lrm, plan.family, where, dtype, workers)
                 streams = Streams.open(data, estimate.tokens_per_batch, where, offload=estimate.offload)
-                run = Run(plan, model, data, streams, writer, scratch, progress, estimate.ahead, estimate.keep)
+                run = Run(plan, model, data, streams, writer, progress, estimate.ahead, estimate.keep)
                 run.journal = journal
                 _sweep(run)
                 told = _describe(run)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -49,11 +48,9 @@ class Streams:
         """Those that exist."""
         return list(self.named().values())
 
-    def moved(self, stage: str, layer: int, surveyed: bool) -> list[str]:
-        """Names of those that are past their embeddings, and still needed, before a layer of a stage."""
-        calibrating, checking = ("reasoning", "instruction"), ("reference", "verification")
-        wanted = calibrating if stage == "survey" else checking if surveyed else calibrating + checking
-        return [name for name in self.named() if name in wanted and layer]
+    def moving(self, stage: str, surveyed: bool) -> list[str]:
+        """Names of those that move in a stage. With a survey the instruction set goes up in it, and nothing else."""
+        return [n for n in self.named() if not surveyed or (n == "instruction") == (stage == "survey")]
 
     def named(self) -> dict[str, Stream]:
         """Those that exist, by name."""
@@ -113,7 +110,6 @@ class Run:
     data: CalibrationSet
     streams: Streams
     writer: CheckpointWriter
-    scratch: Path
     progress: Progress
     ahead: int = 256 << 20
     keep: int = 0

@@ -1,8 +1,8 @@
 """Snapshots of a sweep between two layers, and the way back into one (journal.py says when and how they are kept).
 
 A snapshot is what the layers to come need of those before: attention masses and what became of each tensor in the
-journal, bases in their own files, activations of the streams that have moved in one safetensors file. Layers whose
-tensors a snapshot speaks of lie in the partial shards, on the disk.
+journal, activations of the streams that have moved in one safetensors file. Layers whose tensors a snapshot speaks of
+lie in the partial shards, on the disk.
 """
 
 from __future__ import annotations
@@ -37,11 +37,8 @@ def take(run: Run, drain: Drain, stage: str, layer: int) -> None:
     began = time.monotonic()
     drain.flush()
     run.writer.flush()
-    moved = run.streams.moved(stage, layer, run.plan.recipe.surveys)
+    moved = run.streams.moving(stage, run.plan.recipe.surveys) if layer else []
     file = _save_activations(journal, run, moved, f"{stage}-{layer:05d}") if moved else None
-    for bases in run.scratch.glob("bases-*.safetensors"):
-        with _telling(bases):
-            _sync(bases)
     names = [n for i in range(layer) for n in run.plan.layer_tensors(i)] if stage == "merge" else []
     run.writer.keep()
     journal.save({

@@ -1,9 +1,9 @@
 """The single sweep: one layer of three models in, one merged layer out, with everything that RAIN needs in between.
 
 α of a head depends on its own layer's attention only, so with coefficients of scope `layer` one pass over the layers
-does it all. Scope `model` needs the statistics of every layer before the first is written: the same loop runs twice,
-first over the LRM alone (`survey`), then to merge. Stages that a recipe does not ask for have no stream and cost
-nothing; with none of them this is a plain task-arithmetic merge.
+does it all. Scope `model` needs the statistics of every layer before the first is written: a `survey` moves the
+instruction set through the LRM alone, then the merging pass does the rest. The two passes share no stream and keep
+nothing but a number a head. Stages that a recipe does not ask for have no stream and cost nothing.
 
 Reading, computing and writing overlap: weights are read ahead in the order of their use (io/feed.py), what is merged
 is written behind the sweep's back (io/drain.py).
@@ -19,21 +19,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .arch import SITES
 from .attention import AttentionMass, LayerMass
-from .bases import LayerBases, SiteBasis, build_bases, feature_kind
+from .bases import LayerBases, build_bases, feature_kind
 from .capture import FeatureCapture
 from .capture_cache import Quantized
 from .coefficients import alphas
 from .compose import Composed, LayerAlpha, compose
-from .errors import InputError, ResourceError
+from .errors import InputError
 from .io.checkpoint import TORCH_DTYPES, Checkpoint
 from .io.drain import Drain, on_host
 from .io.feed import Feed
@@ -43,7 +40,7 @@ from .linalg import full_precision
 from .memory import give_back
 from .plan import Plan
 from .run import Run
-from .snapshot import read_back, restore, take
+from .snapshot import restore, take
 from .verify import non_finite_everywhere
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,10 +54,10 @@ def sweep(run: Run) -> None:
         run.quantized = Quantized(run.plan, run.model.device, run.model.dtype, keep=run.keep, survey=survey_first)
     with full_precision(run.model.device):
         stage, start = restore(run)
-        embed(run, stage)
-        known = survey(run, start if stage == "survey" else run.plan.layers) if surveyed(run.plan) else None
-        first = start if stage == "merge" else 0
         run.progress.advance(done_before(run, stage, start))
+        known = survey(run, start if stage == "survey" else run.plan.layers) if surveyed(run.plan) else None
+        embed(run, run.streams.moving("merge", surveyed(run.plan)))
+        first = start if stage == "merge" else 0
         run.alphas |= {layer: known[layer] if known else own_alpha(run, layer) for layer in range(first)}
         layers = range(first, run.plan.layers)
         order = [item for layer in layers for item in read_order(run.plan, layer, lrm=layer not in run.kept)]
@@ -76,20 +73,19 @@ def sweep(run: Run) -> None:
 
 def done_before(run: Run, stage: str, start: int) -> int:
     """Work units, token-layers and one a layer of a pass, that an earlier run has done."""
-    tokens = {name: stream.tokens for name, stream in run.streams.named().items()}
-    checking = tokens.get("reference", 0) + tokens.get("verification", 0)
-    if not surveyed(run.plan):
-        return start * (1 + sum(tokens.values()))
-    survey_layers = start if stage == "survey" else run.plan.layers
-    merge_layers = start if stage == "merge" else 0
-    return survey_layers * (1 + sum(tokens.values()) - checking) + merge_layers * (1 + checking)
+    streams, twice = run.streams.named(), surveyed(run.plan)
+    moving = {name: run.streams.moving(name, twice) for name in ("survey", "merge")}
+    a_layer = {name: 1 + sum(streams[s].tokens for s in names) for name, names in moving.items()}
+    if stage == "survey":
+        return start * a_layer["survey"] if twice else 0
+    return start * a_layer["merge"] + (run.plan.layers * a_layer["survey"] if twice else 0)
 
 
-def embed(run: Run, stage: str) -> None:
-    """Token embeddings for every stream that is still to move and that no snapshot has brought back."""
-    for name, stream in run.streams.named().items():
-        done_with = stage == "merge" and surveyed(run.plan) and name in ("reasoning", "instruction")
-        if done_with or stream.stash.nbytes:
+def embed(run: Run, names: list[str]) -> None:
+    """Token embeddings for these streams, where no snapshot has brought them back."""
+    for name in names:
+        stream = run.streams.named()[name]
+        if stream.stash.nbytes:
             continue
         with run.meter.working(run.model.device, "embedding"):
             run.model.embed(stream)
@@ -115,10 +111,10 @@ def merge_layer(run: Run, feed: Feed, drain: Drain, layer: int, known: list[Laye
         for name in merged_names:
             yield name, run.take(feed, run.plan.itm, name), run.take(feed, run.plan.base, name)
 
+    bases = stage_one(run, layer, run.quantized.rounded(layer, lrm) if run.quantized else weights)
     if known:
-        bases, alpha, others = load_bases(run.scratch, layer), known[layer], pairs()
+        alpha, others = known[layer], pairs()
     else:
-        bases = stage_one(run, layer, run.quantized.rounded(layer, lrm) if run.quantized else weights)
         others = list(pairs()) if run.plan.recipe.needs_instruction else pairs()  # merged twice, or once
         alpha = stage_two(run, layer, lrm, others, bases)
     run.advance(layer, weights, run.streams.reference)
@@ -145,16 +141,17 @@ def _write(writer: CheckpointWriter, name: str, fetch: Callable[[], Tensor]) -> 
 
 
 def survey(run: Run, start: int) -> list[LayerAlpha]:
-    """The first of two passes: bases (kept on disk) and attention statistics from θ_R alone; α of the whole model.
-    Layers before `start` were done by an earlier run."""
+    """The first of two passes: the instruction set alone, through θ_R alone; α of the whole model. Layers before
+    `start` were done by an earlier run."""
     layers = range(start, run.plan.layers)
+    if layers:
+        embed(run, run.streams.moving("survey", True))
     source = run.quantized.order if run.quantized else partial(read_order, run.plan, others=False)
     order = [item for layer in layers for item in source(layer)]
     with run.feed(order) as feed, run.drain() as drain:
         for layer in layers:
             run.progress.advance(label=f"survey: layer {layer + 1}/{run.plan.layers}")
             lrm, weights = survey_layer(run, feed, drain, layer)
-            save_bases(drain, run.scratch, layer, stage_one(run, layer, weights))
             run.masses[layer] = attention_masses(run, layer, weights)
             keep_layer(run, layer, lrm)
             run.progress.layer("survey", layer, run.plan.layers)
@@ -162,11 +159,7 @@ def survey(run: Run, start: int) -> list[LayerAlpha]:
             take(run, drain, "merge" if last else "survey", 0 if last else layer + 1)
             del lrm, weights
             give_back()
-    for stream in (run.streams.reasoning, run.streams.instruction):
-        if stream:
-            stream.stash.drop()  # the merging pass moves the held-out set alone
-    if run.shelf:
-        run.shelf.drop()
+    run.streams.instruction.stash.drop()  # it has been all the way up: its memory is the other streams'
     masses = [run.masses[layer] for layer in range(run.plan.layers)]
     return alphas(masses, run.plan.recipe.coefficients, run.plan.layout)
 
@@ -264,33 +257,3 @@ def compose_layer(
                 f"{name}: the merged weights overflow {str(dtype).removeprefix('torch.')}, in which they are written; "
                 "lower lambda, or write dtype: bfloat16 (or float32) in the recipe"))
         yield name, tensor, told
-
-
-def save_bases(drain: Drain, scratch: Path, layer: int, bases: LayerBases) -> None:
-    """Keep a layer's bases on disk between the two passes of scope `model`. Raises ResourceError if it cannot."""
-    named = {f"site/{s}": b for s, b in bases.sites.items()} | {f"value/{i}": b for i, b in enumerate(bases.values)}
-    facts = {f"{name}/facts": torch.tensor([b.energy, b.count], dtype=torch.float64) for name, b in named.items()}
-    vectors = {f"{name}/u": b.u for name, b in named.items()}
-    file = scratch / f"bases-{layer:05d}.safetensors"
-
-    def save() -> None:
-        try:
-            scratch.mkdir(parents=True, exist_ok=True)
-            save_file(facts | vectors, file)
-        except (OSError, SafetensorError) as error:
-            raise ResourceError(f"{file}: the bases that wait for the second pass cannot be written ({error}); free "
-                                "some disk, or set coefficients.scope: layer, which keeps none") from error
-
-    drain.hand(save, sum(b.u.numel() * b.u.element_size() for b in named.values()))
-
-
-def load_bases(scratch: Path, layer: int) -> LayerBases:
-    """What `save_bases` kept."""
-    tensors = read_back(scratch / f"bases-{layer:05d}.safetensors")
-    named = {}
-    for key in (k[:-2] for k in tensors if k.endswith("/u")):
-        energy, count = tensors[key + "/facts"].tolist()
-        named[key] = SiteBasis(tensors[key + "/u"], energy, int(count))
-    sites = {name.removeprefix("site/"): b for name, b in named.items() if name.startswith("site/")}
-    values = [named[f"value/{i}"] for i in range(len(named) - len(sites))]
-    return LayerBases(sites, tuple(values))

@@ -158,15 +158,23 @@ def test_heads_are_repeated_where_sdpa_has_no_lean_kernel_for_groups(any_trio, m
     assert len(asked) == 3 and (grouped or not any(asked))
 
 
-def test_streams_that_the_merging_pass_does_not_move_are_dropped_after_the_survey(make_recipe, tmp_path, monkeypatch):
+def test_a_pass_holds_the_activations_of_its_own_streams_only(make_recipe, tmp_path, monkeypatch):
+    """In the survey the instruction set's, in the merging pass all others': never both at once."""
     held = []
-    plain = sweep.load_bases
-    monkeypatch.setattr(sweep, "load_bases", lambda *a: held.append(len(dropped)) or plain(*a))
-    dropped = []
-    drop = Stash.drop
-    monkeypatch.setattr(Stash, "drop", lambda self: drop(self) or dropped.append(self.nbytes))
+    plain = {name: getattr(sweep, name) for name in ("survey_layer", "merge_layer")}
+
+    def look(name):
+        def looking(run, *args):
+            held.append((name, {n for n, s in run.streams.named().items() if s.stash.nbytes}))
+            return plain[name](run, *args)
+
+        return looking
+
+    for name in plain:
+        monkeypatch.setattr(sweep, name, look(name))
     merge(make_recipe(), tmp_path / "out")
-    assert dropped == [0, 0, 0] and held == [3, 3, 3]  # both sets, and the rows of v_proj
+    others = {"reasoning", "reference", "verification"}
+    assert held == [("survey_layer", {"instruction"})] * 3 + [("merge_layer", others)] * 3
 
 
 def test_the_meter_of_a_numbered_device_is_reset_after_cuda_has_started(monkeypatch):

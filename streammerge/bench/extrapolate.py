@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .measure import Measured
 
 _STREAMS = ("reasoning", "instruction", "reference", "verification")
-_FIRST = ("reasoning", "instruction")  # streams that the first of two passes moves
+_FIRST = "instruction"  # the stream that the first of two passes moves
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,15 @@ def extrapolate(m: Measured, whole: Whole, write_rate: float, once: dict[str, fl
     forward["reasoning"] = features + moved * whole.tokens["reasoning"] / m.tokens["reasoning"]
     fixed = {part: m.parts[part] / m.layers for part in ("bases", "composing")}
     rest = max(0.0, m.sweep - m.waited - m.blocked - sum(m.parts.values())) / m.layers
-    bases = m.bases / m.layers
 
     def disk(read: float, written: float) -> float:
         return read / m.read_rate + written / write_rate
 
     if whole.passes == 2:
-        first = sum(forward[s] for s in _FIRST) + fixed["bases"]
-        second = sum(forward[s] for s in _STREAMS if s not in _FIRST) + fixed["composing"] + rest
+        first = forward[_FIRST]
+        second = sum(forward.values()) - first + sum(fixed.values()) + rest
         again = whole.lrm * (1 - whole.kept)
-        passes = [(first, disk(whole.lrm, bases)), (second, disk(again + whole.others + bases, whole.lrm))]
+        passes = [(first, disk(whole.lrm, 0)), (second, disk(again + whole.others, whole.lrm))]
     else:
         passes = [(sum(forward.values()) + sum(fixed.values()) + rest, disk(whole.lrm + whole.others, whole.lrm))]
     work, waits = sum(w for w, _ in passes), sum(max(0.0, d - w) for w, d in passes)

@@ -7,7 +7,6 @@ calibration sets come as ids. Pages of the trio leave the page cache first, so t
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,7 +46,6 @@ class Measured:
     think: float  # L_think
     verify: float
     nbytes: int  # read by the sweep
-    bases: int  # bytes of bases that waited on disk
     written: int  # bytes of the output
     rank: float  # mean over the merged tensors, a share of their input width
     read_rate: float  # bytes a second
@@ -67,11 +65,11 @@ def measure(
         torch.cuda.empty_cache()  # what an earlier run reserved
     fresh, floor = memory.reset_host_peak(), memory.host_now()
     memory.reset_device_peak(device)
-    scratch, shards = out / ".streammerge" / "bases", parse_size(plan.recipe.shard_size)
+    shards = parse_size(plan.recipe.shard_size)
     with CheckpointWriter(out, plan.tensors, shards) as writer, Workers(settings.workers) as workers:
         model = StreamedModel(plan.lrm, plan.family, device, dtype, workers)
         streams = Streams.open(data, settings.tokens_per_batch, device, offload=settings.offload)
-        run = Run(plan, model, data, streams, writer, scratch, progress, settings.ahead, keep)
+        run = Run(plan, model, data, streams, writer, progress, settings.ahead, keep)
         forget(c.path for c in (plan.lrm, plan.itm, plan.base))
         rate = _read_rate(run)
         forget(c.path for c in (plan.lrm, plan.itm, plan.base))
@@ -83,8 +81,6 @@ def measure(
         began = time.perf_counter()
         think_loss(model, plan.head, data.heldout, streams.reference, streams.verification)
         think = time.perf_counter() - began
-        bases = sum(f.stat().st_size for f in scratch.glob("*")) if scratch.exists() else 0
-        shutil.rmtree(scratch, ignore_errors=True)
         _copy_rest(plan, writer)
         writer.finish()
     began = time.perf_counter()
@@ -97,7 +93,7 @@ def measure(
     return Measured(
         layers=plan.layers, tokens={name: s.tokens for name, s in streams.named().items()}, parts=meter.parts,
         sweep=meter.seconds, waited=meter.waited, blocked=meter.blocked, busy=meter.busy, think=think, verify=verify,
-        nbytes=meter.nbytes, bases=bases, written=sum(t.nbytes for t in plan.lrm.tensors.values()),
+        nbytes=meter.nbytes, written=sum(t.nbytes for t in plan.lrm.tensors.values()),
         rank=sum(c.rank / c.width for c in told) / len(told), read_rate=rate, memory=used,
     )  # fmt: skip
 

@@ -70,7 +70,7 @@ def bench(asked: Question, progress: Progress | None = None, imports: float = 0.
         settings = predict(plan, whole, device, dtype)
         on_gpu = _on_a_gpu(plan, whole) if device.type == "cpu" and asked.budget.device_memory != "auto" else None
         config = asked.shape.config(asked.layers, min(_VOCABULARY, asked.shape.vocabulary))
-        _room(root, config, samples.rows(whole) if surveyed(plan) else 0)
+        _room(root, config)
         progress.event("bench", shape=asked.shape.name, layers=asked.layers, scratch=root)
         paths, write_rate = _make(root, config)
         target = _whole(plan, whole, settings, asked.shape.vocabulary / config["vocab_size"])
@@ -157,17 +157,13 @@ def _on_a_gpu(plan: Plan, data: CalibrationSet) -> dict[str, Any]:
     return predict(plan, data, gpu, compute_dtype(plan, gpu)).as_dict()
 
 
-def _room(root: Path, config: dict[str, Any], rows: int) -> None:
-    """Raises ResourceError unless the disk takes the trio, the output and the bases of `rows` rows between passes."""
-    hidden, wide, heads = (config[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads"))
-    kv = config["num_key_value_heads"]
-    values = kv * hidden * min(rows * (1 + heads // kv), hidden)
-    bases = 4 * (sum(w * min(rows, w) for w in (hidden, hidden, hidden, wide)) + values)
-    needed = 4 * sum(tensor_bytes(t.dtype, t.shape) for t in tensors(config)) + config["num_hidden_layers"] * bases
+def _room(root: Path, config: dict[str, Any]) -> None:
+    """Raises ResourceError unless the disk takes the trio and the output."""
+    needed = 4 * sum(tensor_bytes(t.dtype, t.shape) for t in tensors(config))
     free = shutil.disk_usage(root).free
     if free < needed:
         raise ResourceError(f"--scratch-dir {root.parent}: {format_size(needed)} needed for a synthetic trio of "
-                            f"{config['num_hidden_layers']} layers, its merge and its bases, {format_size(free)} free; "
+                            f"{config['num_hidden_layers']} layers and its merge, {format_size(free)} free; "
                             "give a directory on a larger disk, or fewer --layers")
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ..errors import InputError
 
-_ARTIFACTS = ("journal.json", "journal.json.partial", "activations-*.safetensors", "bases/bases-*.safetensors",
-              ".tmp*", "bases/.tmp*")  # the last two: a kill while the safetensors library saves
+_ARTIFACTS = ("journal.json", "journal.json.partial", "activations-*.safetensors", ".tmp*")  # the last: a kill while
+# the safetensors library saves
 STATE = ".streammerge"  # the one name that an output directory may hold: artifacts of an earlier, unfinished merge
 
 
@@ -122,8 +122,6 @@ class Claim:
             for entry in folder.glob(pattern) if folder.is_dir() else ():
                 with contextlib.suppress(OSError):
                     entry.unlink()
-        with contextlib.suppress(OSError):
-            (folder / "bases").rmdir()
 
     def _check_empty(self) -> None:
         found = sorted(e for e in os.listdir(self.out) if e != STATE and e not in self._names)

@@ -140,7 +140,7 @@ def _sweep(
     from .. import pipeline
     from ..estimate import predict
     from ..forward import StreamedModel
-    from .sweep_time import bases_bytes, measure_speeds, sweep_parts
+    from .sweep_time import measure_speeds, sweep_parts
 
     data = _timed(spent, "calibration", lambda: pipeline.calibrate(plan, progress))
     dtype = pipeline.compute_dtype(plan, where)
@@ -152,7 +152,6 @@ def _sweep(
         plan, settings.tokens_per_batch, where, dtype)))  # fmt: skip
     told = _speeds(read, write)
     parts = sweep_parts(plan, data, settings, speeds, read.rate, told["write_rate"])
-    disk["bases_at_most"] = bases_bytes(plan, data)
     facts = {
         "calibration": data.notes | {"tokens": _tokens(data), "heldout": len(data.heldout)},
         "device": str(where),
@@ -182,11 +181,6 @@ def _speeds(read: DiskSpeed, write: DiskSpeed | None) -> dict[str, Any]:
 
 def _warnings(disk: dict[str, Any]) -> list[str]:
     out = []
-    bases = disk.get("bases_at_most", 0)
-    if disk["free"] is not None and disk["output"] + bases > disk["free"]:
-        out.append(f"the bases that wait for the second pass take up to {memory.format_size(bases)} beside the "
-                   f"weights: {memory.format_size(disk['free'])} may not be enough; coefficients.scope: layer keeps "
-                   "none")
     if disk["unfinished"]:
         out.append(f"OUT holds an unfinished merge, which {disk['unfinished']}")
     return out

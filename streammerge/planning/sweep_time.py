@@ -95,11 +95,10 @@ def sweep_parts(
     lrm = sum(plan.lrm.tensors[n].nbytes for n in plan.layer_tensors(0))
     others = sum(c.tensors[n].nbytes for n in plan.merged for c in (plan.itm, plan.base)) / plan.layers
     outside = sum(t.nbytes for t in plan.lrm.tensors.values()) - plan.layers * lrm
-    bases = _touched(plan) * sum(4 * b.count * b.width * b.rank for b in _bases(plan, data))
     passes = [(layer.merge, lrm + others, lrm)]
     if layer.survey:
         again = lrm * (1 - min(1.0, settings.keep // lrm / plan.layers))
-        passes = [(layer.survey, lrm, bases), (layer.merge, again + others + bases, lrm)]
+        passes = [(layer.survey, lrm, 0), (layer.merge, again + others, lrm)]
     waits, parts = 0.0, {}
     for work, read, written in passes:
         waits += max(0.0, read / read_rate + written / write_rate - sum(work.values()))
@@ -126,11 +125,12 @@ def _layer(plan: Plan, data: CalibrationSet, tokens: int, speeds: Speeds) -> _La
     elements = sum(math.prod(s) for s in weights)
     bases = _bases(plan, data)
     looks = _OPERATORS_SAMPLE * speeds.operator
-    first = {"forwards: reasoning": _forward(plan, data.reasoning, tokens, speeds) + _attended(plan, data, speeds)
-             + looks * len(data.reasoning)}  # fmt: skip
-    first["forwards: instruction"] = _forward(plan, data.instruction, tokens, speeds) + looks * len(data.instruction)
-    first["bases"] = _touched(plan) * sum(b.count * _factorise(b, recipe.basis) for b in bases) / speeds.single
-    second = {"forwards: held-out": 2 * _forward(plan, data.heldout, tokens, speeds)}
+    instruction = _forward(plan, data.instruction, tokens, speeds) + looks * len(data.instruction)
+    first = {"forwards: instruction": instruction}
+    second = {"forwards: reasoning": _forward(plan, data.reasoning, tokens, speeds) + _attended(plan, data, speeds)
+              + looks * len(data.reasoning)}  # fmt: skip
+    second["bases"] = _touched(plan) * sum(b.count * _factorise(b, recipe.basis) for b in bases) / speeds.single
+    second["forwards: held-out"] = 2 * _forward(plan, data.heldout, tokens, speeds)
     twice = 2 if recipe.needs_instruction and recipe.coefficients.scope == "layer" else 1
     merged = sum(math.prod(plan.lrm.tensors[n].shape) for n in plan.merged) / plan.layers
     second["composing"] = twice * (_projection(plan, bases) / speeds.single + 14 * merged / speeds.elements
@@ -201,13 +201,6 @@ def _bases(plan: Plan, data: CalibrationSet) -> list[_Basis]:
     if recipe.thinking.attended_values and "v" in recipe.modules:
         found.append(basis("v", plan.layout.kv_heads, rows * (1 + plan.layout.group)))
     return found
-
-
-def bases_bytes(plan: Plan, data: CalibrationSet) -> int:
-    """The most that can wait on disk between two passes: every basis at its highest rank. 0 with one pass."""
-    highest = (4 * b.count * b.width * min(b.rows, b.width, plan.recipe.basis.size or b.width)
-               for b in _bases(plan, data))  # fmt: skip
-    return plan.layers * sum(highest) if plan.recipe.surveys else 0
 
 
 def _factorise(basis: _Basis, rule: Basis) -> float:

@@ -81,10 +81,8 @@ def _memory(plan: dict[str, Any]) -> list[str]:
 
 def _disk(plan: dict[str, Any]) -> list[str]:
     disk = plan["disk"]
-    bases = disk.get("bases_at_most", 0)
-    more = f", and at most {format_size(bases)} of bases until the merge ends" if bases else ""
     free = "" if disk["free"] is None else f"; {format_size(disk['free'])} free at {disk['where']}"
-    return [f"disk: {format_size(disk['output'])}{more}{free}"]
+    return [f"disk: {format_size(disk['output'])}{free}"]
 
 
 def _time(plan: dict[str, Any]) -> list[str]:
