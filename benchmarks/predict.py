@@ -91,7 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)  # a batch a core: the CPU column is for two
     budgets = [*CARDS, None]
-    print("| model | " + " | ".join(f"{b} for a GPU: device / host" for b in CARDS) + " | two CPU cores: host | output |")
+    cards = " | ".join(f"{b} for a GPU: device / host" for b in CARDS)
+    print(f"| model | {cards} | two CPU cores: host | output |")
     print("|---" * (len(budgets) + 2) + "|")
     with tempfile.TemporaryDirectory() as scratch:
         for name in SHAPES:

@@ -18,7 +18,6 @@ from streammerge.calibration import Instruction, InstructionSample
 from streammerge.compose import LayerAlpha, compose
 from streammerge.errors import InputError, RecipeError
 from streammerge.forward import AttentionInputs
-from streammerge.io.stash import Stash
 from streammerge.pipeline import pick_device
 from streammerge.plan import make_plan
 
