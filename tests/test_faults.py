@@ -91,6 +91,17 @@ def test_killed_in_a_write(bench, tmp_path, what):
     assert content(out) == bench.whole("rain") and state(out) == "done"
 
 
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_killed_while_it_takes_over(bench, tmp_path, nth):
+    """A resume that dies while it writes the lock's record still knows its files: the next one goes on with them."""
+    out, late = tmp_path / "out", ("write */streammerge_manifest.json.partial 1 K",)
+    assert bench.shop.do(*bench.argv("rain", out, "--quiet"), rules=late).code == -9
+    assert bench.shop.do(*bench.argv("rain", out, "--quiet"), rules=(f"write */lock {nth} K",)).code == -9
+    again = bench.shop.do(*bench.argv("rain", out, "--quiet"))
+    assert again.code == 0, again
+    assert content(out) == bench.whole("rain") and state(out) == "done"
+
+
 @pytest.mark.parametrize("how", ["missing", "cut"])
 def test_a_damaged_snapshot_is_told(bench, tmp_path, how):
     out = tmp_path / "out"

@@ -22,6 +22,11 @@ _ARTIFACTS = ("journal.json", "journal.json.partial", "activations-*.safetensors
 STATE = ".streammerge"  # the one name that an output directory may hold: artifacts of an earlier, unfinished merge
 
 
+def _pid() -> bytes:
+    """The record's first line, always as long: written in place it leaves the names behind it alone."""
+    return str(os.getpid()).encode().ljust(20, b"\n")
+
+
 class Claim:
     """Holds OUT for one writer, from `acquire` to `release`. Creates OUT, its parents and OUT/.streammerge/lock."""
 
@@ -48,7 +53,7 @@ class Claim:
             self._lock()
             record = os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode("utf-8", "replace").splitlines()
             if record:
-                left = [n for n in dict.fromkeys(record[1:]) if Path(n).name == n]  # it is a file: believe plain names
+                left = [n for n in dict.fromkeys(record[1:]) if n and Path(n).name == n]  # believe plain names
                 kept = self._decide(go_on)
                 if kept:
                     self._names = left
@@ -57,8 +62,12 @@ class Claim:
                     self._clear_state()
                 self._folders.append(self.path.parent)
             self._check_empty()
-            os.ftruncate(self._fd, 0)
-            self._append("\n".join([str(os.getpid()), *self._names]))
+            if kept:  # names are never rewritten: a kill in between would leave files that nobody owns
+                self._append("")  # end a line that a kill has cut
+                os.pwrite(self._fd, _pid(), 0)
+            else:
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, _pid(), 0)
         except BaseException:
             self.release(discard=True)
             raise
