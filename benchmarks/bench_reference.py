@@ -1,9 +1,10 @@
 """A whole RAIN merge of a tiny Llama trio, as a user runs it, beside the authors' code on the same files.
 
-    python benchmarks/bench_reference.py [--runs 5] [--authors CHECKOUT [--authors-python PYTHON]]
+    python benchmarks/bench_reference.py [--runs 5] [--samples 150 365] [--authors CHECKOUT [--authors-python PYTHON]]
 
 What: 4 layers, hidden 128, 4 heads on 2 key/value heads, random weights, a byte-level BPE of 8k tokens trained on the
-calibration texts; the first 20 reasoning and 50 instruction samples of ../shared/calibration. Timed is the command
+calibration texts; the authors' 150 reasoning and 365 instruction samples (../shared/calibration), or the first so many
+of them. Timed is the command
 `streammerge merge` in a fresh process, imports included. With --authors, a checkout of K1nght/RAIN-Merging runs its
 three stages with the parameters that its scripts set (all layers; the device is the CPU), each under a time limit.
 Appends to results/cpu-reference.jsonl. Nothing of theirs is kept here; their .jsonl is handed over as they expect it.
@@ -25,7 +26,7 @@ from rows import RESULTS, ROOT, Row, append, row
 from timing import Timed, timed
 
 SETS = ROOT.parent / "shared" / "calibration"
-SAMPLES = {"reasoning": 20, "instruction": 50}
+SAMPLES = {"reasoning": 150, "instruction": 365}
 LAYERS, HIDDEN, VOCAB = 4, 128, 8192
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -87,6 +88,11 @@ def make_trio(root: Path, tokenizer) -> dict[str, Path]:
     return paths
 
 
+def what() -> str:
+    """The job, as rows call it."""
+    return f"RAIN merge, Llama {LAYERS} x {HIDDEN}, {SAMPLES['reasoning']} + {SAMPLES['instruction']} samples"
+
+
 def rows_of(what: str, runs: list[Timed], note: str) -> list[Row]:
     """The three rows of some runs."""
     return [row(what, "wall s", [r.wall for r in runs], note), row(what, "CPU s", [r.cpu for r in runs], note),
@@ -114,7 +120,7 @@ def bench_streammerge(root: Path, trio: dict[str, Path], sets: dict[str, Path], 
                f"inside merge() {report['seconds']['total']} s, sweep {report['seconds']['sweep']} s (last run)"
         print(f"streammerge run {n + 1}: {ran.wall:.2f} s, CPU {ran.cpu:.2f} s, {ran.peak:.0f} MB", flush=True)
         shutil.rmtree(out)
-    return rows_of("RAIN merge, Llama 4 x 128, 20 + 50 samples: streammerge", done, note)
+    return rows_of(f"{what()}: streammerge", done, note)
 
 
 def author_stages(trio: dict[str, Path], sets: dict[str, Path], out: Path) -> dict[str, list[str]]:
@@ -143,7 +149,7 @@ def bench_authors(checkout: Path, python: str, root: Path, trio: dict, sets: dic
     out.mkdir()
     git = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
     commit = "commit " + subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    what, rows, total = "RAIN merge, Llama 4 x 128, 20 + 50 samples: K1nght/RAIN-Merging", [], []
+    theirs, rows, total = f"{what()}: K1nght/RAIN-Merging", [], []
     env = os.environ | {"MPLBACKEND": "Agg"}
     for stage, arguments in author_stages(trio, sets, out).items():
         ran = timed([python, *arguments], limit, cwd=checkout, env=env)
@@ -151,23 +157,26 @@ def bench_authors(checkout: Path, python: str, root: Path, trio: dict, sets: dic
         ended = "finished" if ran.code == 0 else f"failed with exit code {ran.code}"
         ended = f"stopped at the limit of {limit:.0f} s" if ran.code == 124 else ended
         note = f"{commit}; {ended}; python {' '.join(arguments)}".replace(str(root), "TMP")
-        rows += rows_of(f"{what}, {stage}", [ran], note)
+        rows += rows_of(f"{theirs}, {stage}", [ran], note)
         print(f"authors {stage}: {ran.wall:.1f} s, CPU {ran.cpu:.1f} s, {ran.peak:.0f} MB, {ended}", flush=True)
         if ran.code:
             print(ran.told, flush=True)
             return rows
     everything = Timed(sum(r.wall for r in total), sum(r.cpu for r in total), max(r.peak for r in total), 0, "")
-    return rows + rows_of(f"{what}, all stages", [everything], f"{commit}; one run of each stage")
+    return rows + rows_of(f"{theirs}, all stages", [everything], f"{commit}; one run of each stage")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--samples", type=int, nargs=2, default=list(SAMPLES.values()), metavar="N",
+                        help="reasoning and instruction samples")  # fmt: skip
     parser.add_argument("--authors", type=Path, help="a checkout of K1nght/RAIN-Merging to run on the same files")
     parser.add_argument("--authors-python", default=sys.executable, help="the python that has their requirements")
     parser.add_argument("--limit", type=float, default=600, help="seconds a stage of theirs may take")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu-reference.jsonl")
     args = parser.parse_args()
+    SAMPLES.update(zip(SAMPLES, args.samples, strict=True))
     if not SETS.is_dir():
         sys.exit(f"{SETS} is not there: this benchmark runs on the authors' calibration sets")
     with tempfile.TemporaryDirectory() as folder:

@@ -134,6 +134,9 @@ def _add_merge_flags(to: argparse.ArgumentParser, out: str | None) -> None:
     to.add_argument("--device-memory", type=_size, metavar="SIZE", help="device limit, as 8GiB (default: recipe's)")
     to.add_argument("--host-memory", type=_size, metavar="SIZE", help="host limit, as 16GiB (default: recipe's)")
     to.add_argument("--tokens-per-batch", type=_tokens, metavar="N", help="calibration tokens in a batch")
+    to.add_argument("--scratch-dir", metavar="DIR", help="where activations go that the host has no room for "
+                    "(default: OUT)")
+    to.add_argument("--scratch-space", type=_size, metavar="SIZE", help="the most that they may take there")
     to.add_argument("--lambda", dest="lam", type=_finite, metavar="λ", help="override the recipe's lambda")
     to.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice; all cores "
                     "for a merge without calibration)")
@@ -233,7 +236,8 @@ def _recipe(args: argparse.Namespace):
     from .recipe import load_recipe
 
     recipe = load_recipe(args.recipe)  # before torch is imported: a typo is answered at once
-    given = {k: getattr(args, k) for k in ("device_memory", "host_memory", "tokens_per_batch")}
+    names = ("device_memory", "host_memory", "tokens_per_batch", "scratch_dir", "scratch_space")
+    given = {k: getattr(args, k) for k in names}
     budget = dataclasses.replace(recipe.budget, **{k: v for k, v in given.items() if v is not None})
     lam = recipe.lam if args.lam is None else args.lam
     return dataclasses.replace(recipe, budget=budget, lam=lam)

@@ -30,6 +30,7 @@ class Choice:
     workers: int
     offload: bool
     ahead_part: int  # a layer over this is read ahead
+    spill: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Estimate:
     device: dict[str, int]  # empty on the CPU, where everything is on the host
     host: dict[str, int]
     disk: int
+    scratch: int  # bytes of activations that are spilled
 
     @property
     def tokens_per_batch(self) -> int:
@@ -54,6 +56,11 @@ class Estimate:
         return self.choice.workers
 
     @property
+    def spill(self) -> bool:
+        """Activations wait on disk."""
+        return self.choice.spill
+
+    @property
     def offload(self) -> bool:
         """Activations wait on the host, not on the GPU."""
         return self.choice.offload
@@ -61,7 +68,7 @@ class Estimate:
     def as_dict(self) -> dict:
         """For the report."""
         totals = {"device_total": sum(self.device.values()), "host_total": sum(self.host.values())}
-        names = ("tokens_per_batch", "workers", "offload", "ahead", "device", "host", "disk")
+        names = ("tokens_per_batch", "workers", "offload", "spill", "ahead", "device", "host", "disk", "scratch")
         return {name: getattr(self, name) for name in names} | totals
 
 
@@ -74,7 +81,8 @@ def predict(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch
     longest = max((len(s.ids) for s in (*data.reasoning, *data.heldout, *data.instruction)), default=1)
     wanted = {"device": budget.device_memory, "host": budget.host_memory}
     limits = {side: _limit(side, text, device) for side, text in wanted.items()}
-    for choice in _choices(longest, budget.tokens_per_batch, device):
+    choices = list(_choices(longest, budget.tokens_per_batch, device))
+    for choice in choices + [replace(c, spill=True) for c in choices]:
         estimate = _estimate(plan, data, device, dtype, choice)
         needed = {"device": sum(estimate.device.values()), "host": sum(estimate.host.values())}
         over = [side for side, limit in limits.items() if needed[side] > limit]
@@ -216,21 +224,26 @@ def _estimate(
     rest["bases of a module"] = size.features
     first, second = layer | batches | features, layer | merging | batches | rest
     passes = [first | second] if twice else [first, second]
+    waiting = {"offloaded activations": size.held, "features of v_proj, and bases": 2 * size.values}
+    scratch = size.held + size.values if choice.spill else 0
+    if choice.spill:
+        waiting = {"activations on their way to disk": 2 * choice.workers * size.hidden, "bases": size.values}
     if not gpu:
-        kept = {"offloaded activations": size.held, "features of v_proj, and bases": 2 * size.values}
-        host = max(passes, key=lambda terms: sum(terms.values())) | kept | {"tokenizer and model code": _INTERPRETER}
-        return Estimate(choice, ahead, 0, {}, host, _disk(plan))
+        host = max(passes, key=lambda terms: sum(terms.values())) | waiting | {"tokenizer and model code": _INTERPRETER}
+        return Estimate(choice, ahead, 0, {}, host, _disk(plan), scratch)
     for terms in passes:
         terms |= {} if choice.offload else {"activations": size.held}
         before = size.embedding + (0 if choice.offload else size.held)
         terms["embedding rows, before the layers"] = max(0, before - sum(terms.values()))
+    if not choice.offload:
+        waiting.pop("offloaded activations", None)
     host = {
         "pinned slots": SLOT * SLOTS,
-        "features of v_proj, and bases": 2 * size.values + 2 * size.features,
+        "bases of a layer": 2 * size.features,
         "a tensor on its way to disk": size.largest,
         "tokenizer and model code": _INTERPRETER,
-    } | ({"offloaded activations": size.held} if choice.offload else {})
-    return Estimate(choice, ahead, 0, max(passes, key=lambda terms: sum(terms.values())), host, _disk(plan))
+    } | waiting
+    return Estimate(choice, ahead, 0, max(passes, key=lambda terms: sum(terms.values())), host, _disk(plan), scratch)
 
 
 def _disk(plan: Plan) -> int:

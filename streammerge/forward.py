@@ -21,6 +21,7 @@ import queue
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -105,9 +106,11 @@ class _Recorder(nn.Module):
 class Stream:
     """One calibration set on its way up through the layers: its batches and where their hidden states are kept."""
 
-    def __init__(self, batches: list[Batch], device: torch.device, *, offload: bool = False):
+    def __init__(
+        self, batches: list[Batch], device: torch.device, *, offload: bool = False, spill: Path | None = None
+    ):
         self.batches = batches
-        self.stash = Stash(device, offload=offload)
+        self.stash = Stash(device, offload=offload, spill=spill)
         self.tokens = sum(sum(b.lengths) for b in batches)
 
 

@@ -6,6 +6,7 @@ is left under a final name: the writer's partial files go, and so does an output
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,8 +17,8 @@ import torch
 
 from . import kernels, manifest, memory, quantized, report
 from .calibration import CalibrationSet, load_calibration
-from .errors import RecipeError
-from .estimate import predict
+from .errors import RecipeError, ResourceError
+from .estimate import Estimate, predict
 from .fingerprint import fingerprint
 from .finish import peaks, refuse_unchanged, write_report
 from .forward import StreamedModel
@@ -72,8 +73,9 @@ def merge(
             estimate = predict(plan, data, where, dtype)
             with Workers(estimate.workers) as workers:
                 model = StreamedModel(plan.lrm, plan.family, where, dtype, workers)
-                streams = Streams.open(data, estimate.tokens_per_batch, where, offload=estimate.offload)
-                run = Run(plan, model, data, streams, writer, progress, estimate.ahead, estimate.keep)
+                spill = spill_folder(recipe, out, estimate)
+                streams = Streams.open(data, estimate.tokens_per_batch, where, offload=estimate.offload, spill=spill)
+                run = Run(plan, model, data, streams, writer, progress, estimate.ahead, estimate.keep, spill)
                 run.journal = journal
                 _sweep(run)
                 told = _describe(run)
@@ -98,6 +100,24 @@ def merge(
             manifest.write(writer.note, plan, result)
             write_report(writer, result)
     return result
+
+
+def spill_folder(recipe: Recipe, out: Path, estimate: Estimate) -> Path | None:
+    """Where activations are spilled, None where they need not be. ResourceError where they have no room there."""
+    if not estimate.spill:
+        return None
+    folder, limit = Path(recipe.budget.scratch_dir or out / STATE), recipe.budget.scratch_space
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ResourceError(f"--scratch-dir {folder}: {error.strerror}; give a directory that can be written") from None
+    room = free if limit == "auto" else min(free, parse_size(limit))
+    if estimate.scratch > room:
+        raise ResourceError(f"{folder}: the activations that the host has no room for take "
+                            f"{memory.format_size(estimate.scratch)} of disk, {memory.format_size(room)} "
+                            f"{'are free' if room == free else 'are given (--scratch-space)'}; give --scratch-dir a "
+                            "larger disk, raise --host-memory, or use fewer calibration samples")
+    return folder
 
 
 def _circumstances(recipe: Recipe, where: torch.device, dtype: torch.dtype) -> dict[str, Any]:

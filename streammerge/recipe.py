@@ -110,6 +110,8 @@ class Budget:
     device_memory: str = setting("auto", read=size_or_auto)
     host_memory: str = setting("auto", read=size_or_auto)
     tokens_per_batch: int | None = setting(None, least=64)  # overrides what the budgets give
+    scratch_dir: str | None = setting(None)  # where activations are spilled; None: OUT/.streammerge
+    scratch_space: str = setting("auto", read=size_or_auto)  # the most they may take; auto: what is free there
 
 
 @dataclass(frozen=True)
@@ -189,11 +191,15 @@ def _with_paths(recipe: Recipe, directory: Path) -> Recipe:
         beside = directory.absolute() / os.path.expanduser(name)  # unlike pathlib's, these take any text
         return str(beside) if name and os.path.exists(beside) else name
 
-    models = {key: resolve(getattr(recipe, key)) for key in ("base_model", "instruct_model", "reasoning_model")}
+    models: dict[str, Any] = {key: resolve(getattr(recipe, key)) for key in ("base_model", "instruct_model", "reasoning_model")}
     if recipe.capture_cache not in ("", "auto"):  # it need not exist yet
         models["capture_cache"] = str(directory.absolute() / os.path.expanduser(recipe.capture_cache))
     sets = {key: resolve(getattr(recipe.calibration, key)) for key in ("reasoning", "instruction")}
-    return dataclasses.replace(recipe, **models, calibration=dataclasses.replace(recipe.calibration, **sets))
+    models["calibration"] = dataclasses.replace(recipe.calibration, **sets)
+    if recipe.budget.scratch_dir:
+        scratch = str(directory.absolute() / os.path.expanduser(recipe.budget.scratch_dir))
+        models["budget"] = dataclasses.replace(recipe.budget, scratch_dir=scratch)
+    return dataclasses.replace(recipe, **models)
 
 
 def _contradictions(recipe: Recipe) -> list[str]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,11 +37,19 @@ class Streams:
     verification: Stream | None
 
     @staticmethod
-    def open(data: CalibrationSet, tokens_per_batch: int, device: torch.device, *, offload: bool = False) -> Streams:
-        """Batches of each set that has samples; on a GPU, `offload` keeps their activations on the host."""
+    def open(
+        data: CalibrationSet,
+        tokens_per_batch: int,
+        device: torch.device,
+        *,
+        offload: bool = False,
+        spill: Path | None = None,
+    ) -> Streams:
+        """Batches of each set that has samples. Where their activations wait: Stash."""
 
         def stream(samples: Sequence) -> Stream | None:
-            return Stream(make_batches(samples, tokens_per_batch), device, offload=offload) if samples else None
+            batches = make_batches(samples, tokens_per_batch)
+            return Stream(batches, device, offload=offload, spill=spill) if samples else None
 
         return Streams(stream(data.reasoning), stream(data.instruction), stream(data.heldout), stream(data.heldout))
 
@@ -113,6 +122,7 @@ class Run:
     progress: Progress
     ahead: int = 256 << 20
     keep: int = 0
+    spill: Path | None = None  # where activations go that the host has no room for
     composed: dict[str, Composed] = field(default_factory=dict)
     alphas: dict[int, LayerAlpha] = field(default_factory=dict)
     masses: dict[int, LayerMass] = field(default_factory=dict)

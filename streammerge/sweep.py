@@ -190,7 +190,7 @@ def stage_one(run: Run, layer: int, lrm: dict[str, Tensor]) -> LayerBases:
     sites = tuple(site for site, shared in SITES.items() if modules & set(shared))
     attended = recipe.thinking.attended_values and "v" in modules
     kind = feature_kind(recipe.basis)
-    run.shelf = run.shelf or Stash(run.model.device, offload=True)
+    run.shelf = run.shelf or Stash(run.model.device, offload=True, spill=run.spill)
     capture = FeatureCapture(run.data.reasoning, stream.batches, run.plan.layout, attended, kind, run.shelf)
     run.advance(layer, lrm, stream, observer=capture, sites=sites)
     with run.meter.working(run.model.device, "bases"):

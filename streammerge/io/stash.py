@@ -5,28 +5,45 @@ the budget has room for all of them, or lives between two visits in page-locked 
 stream while the next batch is computed, and comes back on another before its turn. The host block is registered with
 CUDA as it is: torch's own pinned blocks are rounded up to powers of two, which can double what the plan promises.
 
-Memory: tokens x hidden x itemsize bytes; while offloaded, also the batch at hand and its neighbours on the device.
+Where the host has no room either, they are spilled to a file without a name, which a crash cannot leave behind.
+
+Memory: tokens x hidden x itemsize bytes, or none of it when spilled; while away from the device, also the batch at
+hand and its neighbours there.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
+import tempfile
+import threading
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from ..errors import ResourceError
+
 
 class Stash:
-    """Keyed by batch number. `put` replaces what was there; several threads may work on different batches."""
+    """Keyed by batch number. `put` replaces what was there; several threads may work on different batches.
 
-    def __init__(self, device: torch.device, *, offload: bool = False):
+    `offload`: off a GPU, to the host. `spill`: to a file in this folder instead; ResourceError where it cannot grow.
+    """
+
+    def __init__(self, device: torch.device, *, offload: bool = False, spill: Path | None = None):
         self.device = device
         self._held: dict[int, Tensor] = {}
-        self._away = _HostBlocks(device) if offload and device.type == "cuda" else None
+        self._away = None
+        if spill is not None:
+            self._away = _SpillFile(spill, device)
+        elif offload and device.type == "cuda":
+            self._away = _HostBlocks(device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now."""
-        held = self._away.blocks if self._away else self._held
-        return sum(t.numel() * t.element_size() for t in held.values())
+        """Bytes kept now, wherever they are."""
+        return self._away.nbytes if self._away else sum(t.numel() * t.element_size() for t in self._held.values())
 
     def put(self, batch: int, hidden: Tensor) -> None:
         """Keep hidden [samples, tokens, hidden], which is on the device."""
@@ -63,6 +80,10 @@ class _HostBlocks:
         self._left: dict[int, torch.cuda.Event] = {}  # the batch's bytes are on the host
         self._coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
         self._device = device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.blocks.values())
 
     def send(self, batch: int, hidden: Tensor) -> None:
         if batch not in self.blocks:
@@ -108,6 +129,68 @@ class _HostBlocks:
             torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
         self.blocks.clear()
         self._coming.clear()
+
+
+class _SpillFile:
+    """A file without a name, each batch at an offset of its own. Plain reads and writes: pages of the page cache are
+    the kernel's to drop."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self._folder, self._device, self._lock = folder, device, threading.Lock()
+        self._place: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
+        self.nbytes = 0
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+
+    def send(self, batch: int, hidden: Tensor) -> None:
+        raw = memoryview(hidden.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        with self._lock:
+            if batch not in self._place:
+                self._place[batch] = self.nbytes, hidden.shape, hidden.dtype
+                self.nbytes += len(raw)
+        done, start = 0, self._place[batch][0]
+        try:
+            while done < len(raw):
+                done += os.pwrite(self._file.fileno(), raw[done:], start + done)
+        except OSError as error:
+            raise ResourceError(f"{self._folder}: spilled activations cannot be written: {error.strerror}; free some "
+                                "space, give --scratch-dir another disk, or raise --host-memory") from error
+
+    def bring(self, batch: int) -> Tensor:
+        start, shape, dtype = self._place[batch]
+        return self._read(start, shape, dtype)
+
+    def part(self, batch: int, index: int) -> Tensor:
+        start, shape, dtype = self._place[batch]
+        return self._read(start + index * shape[1:].numel() * dtype.itemsize, shape[1:], dtype)
+
+    def _read(self, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        raw = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
+        view, done = memoryview(raw.numpy()), 0
+        try:
+            while done < len(view):
+                count = os.preadv(self._file.fileno(), [view[done:]], start + done)
+                if not count:
+                    raise OSError(0, "the file ends too early")
+                done += count
+        except OSError as error:
+            raise ResourceError(f"{self._folder}: spilled activations cannot be read: {error.strerror}; give "
+                                "--scratch-dir another disk") from error
+        return raw.view(dtype).reshape(shape).to(self._device)
+
+    def on_host(self) -> dict[int, Tensor]:
+        if not self.nbytes:
+            return {}
+        pages = mmap.mmap(self._file.fileno(), self.nbytes, access=mmap.ACCESS_COPY)  # torch wants it writable
+        whole = torch.frombuffer(pages, dtype=torch.uint8)
+        return {
+            batch: whole[start : start + shape.numel() * dtype.itemsize].view(dtype).reshape(shape)
+            for batch, (start, shape, dtype) in self._place.items()
+        }
+
+    def drop(self) -> None:
+        self._place.clear()
+        self.nbytes = 0
+        os.ftruncate(self._file.fileno(), 0)
 
 
 def _page_locked(like: Tensor) -> Tensor:
