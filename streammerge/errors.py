@@ -34,6 +34,15 @@ class ResourceError(StreamMergeError):
     exit_code = 4
 
 
+class OutOfMemory(ResourceError):
+    """Memory ran out while layers ran, though the plan had fitted it: other work has it. `tokens`: of the batch."""
+
+    def __init__(self, tokens: int, what: str):
+        self.tokens = tokens
+        super().__init__(f"out of memory with batches of {tokens} tokens ({what}). Lower --tokens-per-batch, or give "
+                         "--device-memory or --host-memory what is really free, so that the plan fits it")
+
+
 class VerificationError(StreamMergeError):
     """The written checkpoint is not what was planned."""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 
 from . import kernels, manifest, memory, quantized, report
 from .calibration import CalibrationSet, load_calibration
-from .errors import RecipeError, ResourceError
+from .errors import OutOfMemory, RecipeError, ResourceError
 from .estimate import Estimate, predict
 from .fingerprint import fingerprint
 from .finish import peaks, refuse_unchanged, write_report
@@ -37,6 +39,7 @@ from .sweep import surveyed, sweep
 from .verify import verify_output
 from .workers import Workers
 
+_LEAST_TOKENS = 256  # of a batch: below it smaller ones save little
 _EMPTY = CalibrationSet((), (), (), {})
 
 
@@ -56,7 +59,30 @@ def merge(
     streammerge_report.json). Raises a StreamMergeError that says what to do; `out` then holds nothing, or what was
     saved for a resume.
     """
-    out, began, progress = Path(out), time.perf_counter(), progress or Progress("quiet")
+    progress = progress or Progress("quiet")
+    try:
+        return _merge(recipe, Path(out), device, progress, restart, save_every)
+    except OutOfMemory as error:
+        if error.tokens <= _LEAST_TOKENS:
+            raise
+        half = max(_LEAST_TOKENS, error.tokens // 2)
+        told = f"out of memory with batches of {error.tokens} tokens: done again with {half}"
+    progress.event(told)
+    smaller = replace(recipe, budget=replace(recipe.budget, tokens_per_batch=half))
+    return _merge(smaller, Path(out), device, progress, True, save_every, (told,))
+
+
+def _merge(
+    recipe: Recipe,
+    out: Path,
+    device: str,
+    progress: Progress,
+    restart: bool,
+    save_every: float,
+    warnings: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """One attempt. Raises OutOfMemory where the layers found less memory than the plan."""
+    began = time.perf_counter()
     where = pick_device(device)
     kernels.forget()
     quantized.check(recipe, where)
@@ -77,7 +103,8 @@ def merge(
                 streams = Streams.open(data, estimate.tokens_per_batch, where, offload=estimate.offload, spill=spill)
                 run = Run(plan, model, data, streams, writer, progress, estimate.ahead, estimate.keep, spill)
                 run.journal = journal
-                _sweep(run)
+                with _telling_memory(estimate.tokens_per_batch):
+                    _sweep(run)
                 told = _describe(run)
             refuse_unchanged(plan, told["totals"])
             _copy_rest(plan, writer)
@@ -85,7 +112,7 @@ def merge(
             result = {
                 **report.inputs(plan),
                 **told,
-                "warnings": [*plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data),
+                "warnings": [*warnings, *plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data),
                              *(run.quantized.warnings() if run.quantized else [])],
                 "calibration": data.notes | {"heldout": len(data.heldout)},
                 "verified": verify_output(plan, out),
@@ -100,6 +127,19 @@ def merge(
             manifest.write(writer.note, plan, result)
             write_report(writer, result)
     return result
+
+
+@contextmanager
+def _telling_memory(tokens: int) -> Iterator[None]:
+    """Every way in which torch and Python say that memory has run out, as one error."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemory(tokens, str(error).splitlines()[0] if str(error) else "host") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemory(tokens, "host") from error
 
 
 def spill_folder(recipe: Recipe, out: Path, estimate: Estimate) -> Path | None:

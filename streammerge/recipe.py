@@ -191,7 +191,8 @@ def _with_paths(recipe: Recipe, directory: Path) -> Recipe:
         beside = directory.absolute() / os.path.expanduser(name)  # unlike pathlib's, these take any text
         return str(beside) if name and os.path.exists(beside) else name
 
-    models: dict[str, Any] = {key: resolve(getattr(recipe, key)) for key in ("base_model", "instruct_model", "reasoning_model")}
+    roles = ("base_model", "instruct_model", "reasoning_model")
+    models: dict[str, Any] = {key: resolve(getattr(recipe, key)) for key in roles}
     if recipe.capture_cache not in ("", "auto"):  # it need not exist yet
         models["capture_cache"] = str(directory.absolute() / os.path.expanduser(recipe.capture_cache))
     sets = {key: resolve(getattr(recipe.calibration, key)) for key in ("reasoning", "instruction")}

@@ -109,3 +109,35 @@ def test_a_full_scratch_disk_is_told(tmp_path):
 def test_recipes_name_the_scratch_directory_beside_themselves(trio, sets, tmp_path):
     text = recipe_text(trio, sets, budget={"scratch_dir": "big-disk"})
     assert Path(parse_recipe(text, "r.yml", tmp_path).budget.scratch_dir) == tmp_path / "big-disk"
+
+
+# ---- memory that runs out all the same
+
+
+@pytest.fixture()
+def starved(monkeypatch):
+    """Layers find too little memory for batches of more than so many tokens: a real allocation fails."""
+    from streammerge import forward
+
+    plain = forward.functional_call
+
+    def call(module, weights, args, *rest, **kwargs):
+        if args[0].dim() == 3 and args[0].shape[0] * args[0].shape[1] > call.most:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return plain(module, weights, args, *rest, **kwargs)
+
+    call.most = 1 << 30
+    monkeypatch.setattr(forward, "functional_call", call)
+    return call
+
+
+def test_out_of_memory_is_tried_once_more_with_half_the_batch(make_recipe, tmp_path, starved):
+    recipe = make_recipe(budget={"tokens_per_batch": 600})
+    starved.most = 300
+    report = merge(recipe, tmp_path / "out")
+    assert report["plan"]["tokens_per_batch"] == 300
+    assert "out of memory with batches of 600 tokens: done again with 300" in report["warnings"]
+    starved.most = 10
+    with pytest.raises(ResourceError, match="batches of 300 tokens.*--tokens-per-batch"):
+        merge(recipe, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
