@@ -1,4 +1,4 @@
-"""Write the measured tables into the README: the demo's, the kernels' and capture's, from benchmarks/results.
+"""Write the measured tables into the README, from benchmarks/results: demo, kernels, capture, faults and kills.
 
     python benchmarks/render.py
 
@@ -129,11 +129,50 @@ def capture() -> str:
     return f"{table}\n\nCPU time of one thread, ns a weight: {told}."
 
 
+def faults() -> str:
+    """The table of faults by what was told and left, from the last row; what both kinds of merge tell alike is told
+    once."""
+    met = json.loads((RESULTS / "cpu-faults.jsonl").read_text().splitlines()[-1])["facts"]["faults"]
+    lines: dict[tuple, list[str]] = {}
+    for one in met:
+        said = re.sub(r"(\(\d+ bytes\))", "", one["says"]).replace("|", "\\|")
+        said = said if len(said) <= 150 else said[:149] + "…"
+        key = one["fault"], said or "–", one["code"], one["left"] + ("" if not one["problems"] else " (!)")
+        same = next((k for k in lines if (k[0], k[2:]) == (key[0], key[2:])), key)
+        lines.setdefault(same, []).append(one["kind"])
+    body = [f"| {fault} | {said} | {code} | {left} |" for (fault, said, code, left) in lines]
+    return "\n".join(["| fault | told | exit code | OUT afterwards |", "|---|---|---|---|", *body])
+
+
+def kills() -> str:
+    """The table of kills by kind and place, from the last row of each kind."""
+    last = {}
+    for text in (RESULTS / "cpu-kills.jsonl").read_text().splitlines():
+        one = json.loads(text)
+        last[one["facts"]["kind"]] = one
+    lines = ["| merge | killed | kills | done again | extra time: median, largest | outputs that differ |",
+             "|---|---|---|---|---|---|"]
+    for kind, one in last.items():
+        places: dict[str, list[dict]] = {}
+        for kill in one["facts"]["kills"]:
+            places.setdefault(re.split(r"[:,]", kill["left"])[0], []).append(kill)
+        for place, struck in places.items():
+            again = [k["replayed"] for k in struck if "replayed" in k]
+            layers = f"{statistics.mean(again):.1f} of {one['facts']['layer_passes']} layers" if again else "–"
+            extra = [k["extra"] for k in struck]
+            inside = sum(k["how"] == "in a write" for k in struck)
+            lines.append(f"| {kind}, {one['facts']['whole_seconds']:.2f} s | {place} | {len(struck)}, {inside} in a "
+                         f"write | {layers} | {statistics.median(extra):.2f} s, {max(extra):.2f} s | "
+                         f"{one['facts']['wrong']} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Replace what stands between the comment lines."""
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in (("demo", demo()), ("kernels", kernels()), ("capture", capture())):
+    for name, table in (("demo", demo()), ("kernels", kernels()), ("capture", capture()), ("faults", faults()),
+                        ("kills", kills())):
         marked = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=marked: new, text, flags=re.DOTALL)
     readme.write_text(text)
