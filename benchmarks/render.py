@@ -135,7 +135,7 @@ def faults() -> str:
     met = json.loads((RESULTS / "cpu-faults.jsonl").read_text().splitlines()[-1])["facts"]["faults"]
     lines: dict[tuple, list[str]] = {}
     for one in met:
-        said = re.sub(r"(\(\d+ bytes\))", "", one["says"]).replace("|", "\\|")
+        said = re.sub(r" \(\d+ bytes\)", "", one["says"]).replace("|", "\\|")
         said = said if len(said) <= 150 else said[:149] + "…"
         key = one["fault"], said or "–", one["code"], one["left"] + ("" if not one["problems"] else " (!)")
         same = next((k for k in lines if (k[0], k[2:]) == (key[0], key[2:])), key)
