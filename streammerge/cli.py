@@ -208,6 +208,8 @@ def _whole(text: str, least: int) -> int:
 
 def _add_resume_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--restart", action="store_true", help="drop an unfinished merge in OUT and begin anew")
+    command.add_argument("--artifacts", type=Path, metavar="DIR", help="keep bases and attention masses here, and "
+                         "reuse those of an earlier merge of the same LRM on the same calibration sets")
     command.add_argument("--save-every", type=_seconds, default=30.0, metavar="SECONDS", help="how often to save for a "
                          "resume (default: 30)")
 
@@ -251,7 +253,7 @@ def _merge(args: argparse.Namespace) -> None:
     from .report import print_summary
 
     report = merge(recipe, args.out, device=args.device, progress=_progress(args), threads=args.threads,
-                   restart=args.restart, save_every=args.save_every)  # fmt: skip
+                   restart=args.restart, save_every=args.save_every, artifacts=args.artifacts)  # fmt: skip
     if not args.quiet and args.log_format == "text":
         print_summary(report, args.out)
     if args.json:

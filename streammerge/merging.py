@@ -37,13 +37,16 @@ def merge(
     threads: int | None = None,
     restart: bool = False,
     save_every: float = EVERY,
+    artifacts: str | Path | None = None,
 ) -> dict[str, Any]:
     """Merge as the recipe says and write a checkpoint to `out`, a directory that is new, empty, or holds this very
     merge unfinished: then it goes on there, unless `restart` says to drop it.
 
     `threads`: CPU threads (None: all usable cores, or torch's choice where layers run); `save_every`: seconds between
-    two saves of how far it has come. Returns the report (also written to `out`/streammerge_report.json). Raises a
-    StreamMergeError that says what to do; `out` then holds nothing, or what was saved for a resume.
+    two saves of how far it has come; `artifacts`: where bases and attention masses are kept for later merges of the
+    same LRM (a merge without calibration has none). Returns the report (also written to `out`/
+    streammerge_report.json). Raises a StreamMergeError that says what to do; `out` then holds nothing, or what was
+    saved for a resume.
     """
     _refuse_inside(recipe, Path(out))
     if not is_plain(recipe) or device not in ("auto", "cpu"):
@@ -52,7 +55,8 @@ def merge(
         if not is_plain(recipe):
             if threads:
                 pipeline.torch.set_num_threads(threads)
-            return pipeline.merge(recipe, out, device=device, progress=progress, restart=restart, save_every=save_every)
+            more = {"restart": restart, "save_every": save_every, "artifacts": artifacts}
+            return pipeline.merge(recipe, out, device=device, progress=progress, **more)
         pipeline.pick_device(device)  # a device that is not there is an error, though a plain merge asks for none
     progress = progress or Progress("quiet")
     return _merge_plain(recipe, Path(out), progress, threads or usable_cores(), restart, save_every)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import kernels, manifest, memory, quantized, report
+from .artifacts import Artifacts
 from .calibration import CalibrationSet, load_calibration
 from .errors import OutOfMemory, RecipeError, ResourceError
 from .estimate import Estimate, predict
@@ -51,17 +52,19 @@ def merge(
     progress: Progress | None = None,
     restart: bool = False,
     save_every: float = EVERY,
+    artifacts: str | Path | None = None,
 ) -> dict[str, Any]:
     """Merge as the recipe says and write a checkpoint to `out`, a directory that is new, empty, or holds this very
     merge unfinished: then it goes on there, unless `restart` says to drop it.
 
-    Every `save_every` seconds it saves how far it has come. Returns the report (also written to `out`/
+    Every `save_every` seconds it saves how far it has come. `artifacts`: a directory in which bases and attention
+    masses are kept for later merges of the same LRM, and looked for. Returns the report (also written to `out`/
     streammerge_report.json). Raises a StreamMergeError that says what to do; `out` then holds nothing, or what was
     saved for a resume.
     """
     progress = progress or Progress("quiet")
     try:
-        return _merge(recipe, Path(out), device, progress, restart, save_every)
+        return _merge(recipe, Path(out), device, progress, restart, save_every, artifacts)
     except OutOfMemory as error:
         if error.tokens <= _LEAST_TOKENS:
             raise
@@ -69,7 +72,7 @@ def merge(
         told = f"out of memory with batches of {error.tokens} tokens: done again with {half}"
     progress.event(told)
     smaller = replace(recipe, budget=replace(recipe.budget, tokens_per_batch=half))
-    return _merge(smaller, Path(out), device, progress, True, save_every, (told,))
+    return _merge(smaller, Path(out), device, progress, True, save_every, artifacts, (told,))
 
 
 def _merge(
@@ -79,6 +82,7 @@ def _merge(
     progress: Progress,
     restart: bool,
     save_every: float,
+    artifacts: str | Path | None,
     warnings: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """One attempt. Raises OutOfMemory where the layers found less memory than the plan."""
@@ -91,10 +95,12 @@ def _merge(
     with progress:
         plan = make_plan(recipe)
         dtype = compute_dtype(plan, where)
-        journal = Journal(out / STATE, fingerprint(plan, _circumstances(recipe, where, dtype)), every=save_every)
+        found = fingerprint(plan, _circumstances(recipe, where, dtype))
+        journal = Journal(out / STATE, found, every=save_every)
+        kept = Artifacts(Path(artifacts), plan, found) if artifacts else None
         go_on = partial(resumed, journal, restart=restart)
         with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size), go_on) as writer:  # a bad OUT first
-            data = calibrate(plan, progress)
+            data = _still_needed(calibrate(plan, progress), kept, journal)
             memory.give_back()  # the tokenizer's
             estimate = predict(plan, data, where, dtype)
             with Workers(estimate.workers) as workers:
@@ -102,10 +108,12 @@ def _merge(
                 spill = spill_folder(recipe, out, estimate)
                 streams = Streams.open(data, estimate.tokens_per_batch, where, offload=estimate.offload, spill=spill)
                 run = Run(plan, model, data, streams, writer, progress, estimate.ahead, estimate.keep, spill)
-                run.journal = journal
+                run.journal, run.artifacts = journal, kept
                 with _telling_memory(estimate.tokens_per_batch):
                     _sweep(run)
                 told = _describe(run)
+            if kept:
+                kept.finish(run.masses)
             refuse_unchanged(plan, told["totals"])
             _copy_rest(plan, writer)
             writer.finish()
@@ -123,10 +131,20 @@ def _merge(
                 "memory": peaks(str(where), floor, fresh_meter),
                 "seconds": {"total": round(time.perf_counter() - began, 3), "sweep": round(run.meter.seconds, 3)},
                 "resumed_at": journal.resumed_at,
+                "artifacts": {"reused": kept.reused, "wanted": kept.wanted} if kept else None,
             }
             manifest.write(writer.note, plan, result)
             write_report(writer, result)
     return result
+
+
+def _still_needed(data: CalibrationSet, kept: Artifacts | None, journal: Journal) -> CalibrationSet:
+    """Without the sets whose findings an earlier merge has left."""
+    if kept and journal.state is None:
+        kept.forget_partial()
+    if kept and "bases" in kept.reused:
+        data = replace(data, reasoning=())
+    return replace(data, instruction=()) if kept and "masses" in kept.reused else data
 
 
 @contextmanager

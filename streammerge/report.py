@@ -146,6 +146,8 @@ def print_summary(report: dict[str, Any], out: Path) -> None:
     if report["l_think"]:
         told = "  ".join(f"{name} {value:.2e}" for name, value in report["l_think"].items())
         console.print(f"L_think (nats, {report['calibration']['heldout']} held-out samples)  {told}")
+    if report.get("artifacts") and report["artifacts"]["reused"]:
+        console.print(f"reused from an earlier merge: {', '.join(report['artifacts']['reused'])}")
     for how, names in _kernels(report["kernels"]).items():
         console.print(f"kernels: {', '.join(names)} in {how}")
     for warning in report["warnings"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .artifacts import Artifacts
 from .attention import AttentionMass, LayerMass
 from .batches import make_batches
 from .calibration import CalibrationSet
@@ -130,8 +131,13 @@ class Run:
     observer: AttentionMass | None = None  # it knows each batch's rows and spans, so one serves all layers
     shelf: Stash | None = None  # where v_proj's features wait, layer by layer in the same memory
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    artifacts: Artifacts | None = None  # bases and masses that outlive the merge
     journal: Journal | None = None  # where snapshots for a resume go; None takes none
     quantized: Quantized | None = None  # the LRM's layers as the calibration forwards see them, if not as stored
+
+    def reuses(self, kind: str) -> bool:
+        """Whether an earlier merge's bases or masses serve."""
+        return self.artifacts is not None and kind in self.artifacts.reused
 
     def advance(self, layer: int, weights: dict[str, Tensor], stream: Stream | None, **seen) -> None:
         """Move a stream up one layer, if there is one."""

@@ -54,6 +54,9 @@ def sweep(run: Run) -> None:
         run.quantized = Quantized(run.plan, run.model.device, run.model.dtype, keep=run.keep, survey=survey_first)
     with full_precision(run.model.device):
         stage, start = restore(run)
+        if stage == "survey" and run.reuses("masses"):
+            run.masses |= run.artifacts.masses()
+            stage = "merge"
         run.progress.advance(done_before(run, stage, start))
         known = survey(run, start if stage == "survey" else run.plan.layers) if surveyed(run.plan) else None
         embed(run, run.streams.moving("merge", surveyed(run.plan)))
@@ -111,7 +114,7 @@ def merge_layer(run: Run, feed: Feed, drain: Drain, layer: int, known: list[Laye
         for name in merged_names:
             yield name, run.take(feed, run.plan.itm, name), run.take(feed, run.plan.base, name)
 
-    bases = stage_one(run, layer, run.quantized.rounded(layer, lrm) if run.quantized else weights)
+    bases = bases_of(run, layer, lrm, weights)
     if known:
         alpha, others = known[layer], pairs()
     else:
@@ -159,7 +162,8 @@ def survey(run: Run, start: int) -> list[LayerAlpha]:
             take(run, drain, "merge" if last else "survey", 0 if last else layer + 1)
             del lrm, weights
             give_back()
-    run.streams.instruction.stash.drop()  # it has been all the way up: its memory is the other streams'
+    if run.streams.instruction:
+        run.streams.instruction.stash.drop()  # it has been all the way up: its memory is the other streams'
     masses = [run.masses[layer] for layer in range(run.plan.layers)]
     return alphas(masses, run.plan.recipe.coefficients, run.plan.layout)
 
@@ -179,6 +183,16 @@ def keep_layer(run: Run, layer: int, lrm: dict[str, Tensor]) -> None:
     if lrm and run.keep >= nbytes:
         run.keep -= nbytes
         run.kept[layer] = lrm
+
+
+def bases_of(run: Run, layer: int, lrm: dict[str, Tensor], weights: dict[str, Tensor]) -> LayerBases:
+    """A layer's bases: an earlier merge's, or found and, where they are wanted later, kept."""
+    if run.reuses("bases"):
+        return run.artifacts.bases(layer)
+    bases = stage_one(run, layer, run.quantized.rounded(layer, lrm) if run.quantized else weights)
+    if run.artifacts and run.plan.recipe.needs_reasoning:
+        run.artifacts.keep_bases(layer, bases)
+    return bases
 
 
 def stage_one(run: Run, layer: int, lrm: dict[str, Tensor]) -> LayerBases:

@@ -21,7 +21,7 @@ FLOORS = {
     "recipe": 2, "arch": 2, "markers": 2, "records": 2, "batches": 2,
     "layout": 3, "calibration": 3, "plan": 3, "estimate": 3, "scan": 3,
     "quantized": 3, "fingerprint": 4, "forward": 4, "capture_cache": 4, "capture": 5, "journal": 5,
-    "bases": 6, "compose": 7, "attention": 8, "coefficients": 9, "run": 9,
+    "bases": 6, "compose": 7, "attention": 8, "artifacts": 9, "coefficients": 9, "run": 9,
     "verify": 10, "l_think": 10, "plain": 10, "snapshot": 10, "sweep": 10,
     "report": 12, "manifest": 12, "finish": 12, "checking": 13, "probes": 13, "pipeline": 13, "merging": 14,
     "demo": 14, "bench": 14, "planning": 14, "cli": 14,
