@@ -133,3 +133,16 @@ def test_nowhere_to_print(bench, tmp_path):
         done = subprocess.run([PROGRAM, *argv], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 4 and "No space left" in done.stderr and "Traceback" not in done.stderr, done
     assert content(tmp_path / "out") == bench.whole("plain")
+
+
+def test_the_readme_has_the_measured_tables():
+    import importlib.util
+
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("render", root / "benchmarks/render.py")
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    text = (root / "README.md").read_text()
+    for name, table in (("faults", render.faults()), ("kills", render.kills())):
+        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in text, f"python benchmarks/render.py: {name}"
+    assert " (!)" not in render.faults(), "a fault ended otherwise than wanted"
