@@ -25,6 +25,8 @@ from pathlib import Path
 
 from rows import RESULTS, ROOT, append, row
 
+from streammerge import journal
+
 sys.path.insert(0, str(ROOT / "tests"))
 from builders import recipe_text, save_trio, write_sets  # noqa: E402
 from faults.matrix import SLOW, Bench  # noqa: E402
@@ -41,10 +43,10 @@ def layers_done(told: str) -> int:
 
 def left_by(out: Path) -> str:
     """How far the journal says that a killed merge had come."""
-    journal = out / ".streammerge" / "journal.json"
-    if journal.exists():
+    found = journal.read(out / ".streammerge")
+    if found:
         named = any(not f.name.endswith(".partial") for f in out.glob("model*"))
-        return json.loads(journal.read_text())["state"]["label"] + (", some files named" if named else "")
+        return found[1]["label"] + (", some files named" if named else "")
     locked = (out / ".streammerge" / "lock").exists()  # the lock is the last to go
     return "nothing saved" if locked or not list(out.glob("*.safetensors*")) else "finished"
 

@@ -2,13 +2,14 @@
 
 OUT/.streammerge/journal.json holds the fingerprint of all that the output's bytes depend on, and the state of the last
 save: which tensors are in the partial shards, which layers were surveyed, what was found. It is replaced atomically,
-and only after everything that it speaks of is on the disk. Saves come by time, not by layer, so that a resume replays
-minutes; a save that takes long is followed by a longer pause.
+and only after everything that it speaks of is on the disk; its first line is the hash of the rest. Saves come by time,
+not by layer, so that a resume replays minutes; a save that takes long is followed by a longer pause.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -38,18 +39,12 @@ class Journal:
     def open(self, *, restart: bool) -> None:
         """Read what is there, once the directory is locked. InputError that lists the differences where it belongs to
         another merge, unless `restart` says to drop it."""
-        file = self.folder / FILE
-        try:
-            found = json.loads(file.read_text("utf-8"))
-            before, state = found["fingerprint"], found["state"]
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError):
-            before, state = {}, None  # damaged: nothing of it can be believed
-        if restart or state is None:
+        found = None if restart else read(self.folder)
+        if found is None:
             with contextlib.suppress(OSError):
-                file.unlink()
+                (self.folder / FILE).unlink()
             return
+        before, state = found
         changed = differences(before, json.loads(json.dumps(self.fingerprint)))
         if changed:
             raise InputError(listed(
@@ -68,9 +63,10 @@ class Journal:
         Raises ResourceError where the disk cannot take it.
         """
         partial = self.folder / (FILE + ".partial")
+        body = json.dumps({"fingerprint": self.fingerprint, "state": state})
         try:
             with open(partial, "w", encoding="utf-8") as f:
-                json.dump({"fingerprint": self.fingerprint, "state": state}, f)
+                f.write(f"{_hash(body)}\n{body}")
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(partial, self.folder / FILE)
@@ -81,6 +77,27 @@ class Journal:
         self.saved = True
         now = time.monotonic()
         self._next = now + (max(self.every, _SHARE * (now - began)) if self.every else 0.0)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """(fingerprint, state) of the journal in a folder; None where there is none, or where its hash says that nothing
+    of it can be believed. ResourceError where the disk does not give it."""
+    file = folder / FILE
+    try:
+        digest, _, body = file.read_text("utf-8").partition("\n")
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError as error:
+        raise ResourceError(f"{file}: the journal of an unfinished merge cannot be read: {error.strerror}; mend the "
+                            "disk, or add --restart to begin anew") from error
+    if digest != _hash(body):
+        return None
+    found = json.loads(body)
+    return found["fingerprint"], found["state"]
+
+
+def _hash(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
 
 
 def resumed(journal: Journal, folder: Path, *, restart: bool) -> set[str] | None:

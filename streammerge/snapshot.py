@@ -8,6 +8,7 @@ lie in the partial shards, on the disk.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -42,10 +43,11 @@ def take(run: Run, drain: Drain, stage: str, layer: int) -> None:
     names = [n for i in range(layer) for n in run.plan.layer_tensors(i)] if stage == "merge" else []
     run.writer.keep()
     journal.save({
-        "stage": stage, "layer": layer, "label": f"{stage}: layer {layer + 1}/{run.plan.layers}", "placed": names,
+        "stage": stage, "layer": layer, "placed": names,
+        "label": f"{stage}: {layer} of {run.plan.layers} layers done",
         "masses": {str(i): [m.alignment.tolist(), m.leakage.tolist()] for i, m in run.masses.items()},
         "composed": {name: dataclasses.asdict(told) for name, told in run.composed.items()},
-        "activations": file and file.name,
+        "activations": file and file.name, "sha256": file and _digest(file),
     }, began)  # fmt: skip
     for old in journal.folder.glob("activations-*.safetensors"):
         if old != file:
@@ -61,7 +63,7 @@ def restore(run: Run) -> tuple[str, int]:
         run.masses[int(layer)] = LayerMass(*(torch.tensor(v, dtype=torch.float64) for v in (alignment, leakage)))
     run.composed |= {name: Composed(**told) for name, told in state["composed"].items()}
     if state["activations"]:
-        held = read_back(run.journal.folder / state["activations"])
+        held = read_back(run.journal.folder / state["activations"], state["sha256"])
         for name, stream in run.streams.named().items():
             for n in range(len(stream.batches)):
                 if f"{name}/{n}" in held:
@@ -88,13 +90,24 @@ def _telling(file: Path) -> Iterator[None]:
                             "the same command again") from error
 
 
-def read_back(file: Path) -> dict[str, Tensor]:
-    """Tensors that this merge, or the one that it goes on with, had saved. InputError where they cannot be read."""
+def read_back(file: Path, sha256: str) -> dict[str, Tensor]:
+    """Tensors that the merge which is gone on with had saved. InputError where they are not what they were."""
     try:
+        if _digest(file) != sha256:
+            raise OSError("its hash has changed")
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: is not what the unfinished merge had written ({error}). Add --restart to begin "
                          "anew") from error
+
+
+def _digest(file: Path) -> str:
+    """SHA256 by plain reads: a disk that fails says so, where a mapped page would kill the process."""
+    found = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while piece := stream.read(1 << 22):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _sync(file: Path) -> None:

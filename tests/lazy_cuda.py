@@ -17,6 +17,9 @@ import torch
 CUDA = torch.device("cuda")
 
 
+_turn = threading.RLock()
+
+
 class Stream:
     """A queue of copies; `done` counts those that have run."""
 
@@ -24,9 +27,10 @@ class Stream:
         self.queue, self.done, self.eager = [], 0, eager
 
     def run(self, until: int) -> None:
-        while self.done < until:
-            work, self.done = self.queue[self.done], self.done + 1
-            work()
+        with _turn:  # who waits for a copy that another thread runs must wait for its end
+            while self.done < until:
+                work, self.done = self.queue[self.done], self.done + 1
+                work()
 
     def add(self, work) -> None:
         self.queue.append(work)

@@ -62,7 +62,7 @@ def test_flags_override_the_recipe(bench):
     report = json.loads(bench.capfd.readouterr().out)
     assert report["recipe"]["lambda"] == 0.5 and report["plan"]["tokens_per_batch"] == 512
     wanted = {"host_memory": "2GiB", "device_memory": "1GiB", "tokens_per_batch": 512}
-    assert report["recipe"]["budget"] == wanted and report["device"] == "cpu"
+    assert wanted.items() <= report["recipe"]["budget"].items() and report["device"] == "cpu"
     assert main(["merge", str(recipe), str(bench.root / "second"), "--quiet", "--host-memory", "1MB"]) == 4
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from builders import recipe_text
 
-from streammerge import merge, parse_recipe, plain, threads
+from streammerge import journal, merge, parse_recipe, plain, threads
 from streammerge.errors import InputError
 from streammerge.journal import FILE, Journal
 
@@ -160,12 +159,16 @@ def test_a_changed_calibration_file_is_noticed(trio, tmp_path, monkeypatch):
         merge(parse_recipe(recipe.read_text(), str(recipe)), out)
 
 
-@pytest.mark.parametrize("damage", ["journal", "partial gone", "partial shorter", "header"])
+@pytest.mark.parametrize("damage", ["journal", "a byte of the journal", "partial gone", "partial shorter", "header"])
 def test_damaged_remains_are_told_or_begun_anew(trio, sets, tmp_path, monkeypatch, damage):
     recipe, out = saved_halfway(trio, sets, tmp_path, monkeypatch, coefficients={"scope": "layer"})
     partial = sorted(out.glob("*.safetensors.partial"))[0]
     if damage == "journal":  # nothing of it can be believed: from the start
         (out / ".streammerge" / FILE).write_text("{")
+    elif damage == "a byte of the journal":
+        text = (out / ".streammerge" / FILE).read_text()
+        (out / ".streammerge" / FILE).write_text(text.replace('"layer": 2', '"layer": 1'))
+        assert text != (out / ".streammerge" / FILE).read_text()
     elif damage == "partial gone":
         partial.unlink()
     elif damage == "partial shorter":
@@ -174,10 +177,10 @@ def test_damaged_remains_are_told_or_begun_anew(trio, sets, tmp_path, monkeypatc
         with open(partial, "r+b") as f:
             f.write(b"\xff")
     parsed = parse_recipe(recipe.read_text(), str(recipe))
-    if damage != "journal":
+    if "journal" not in damage:
         with pytest.raises(InputError, match=rf"{partial.name}: is not what.*--restart"):
             merge(parsed, out)
-    merge(parsed, out, restart=damage != "journal")
+    merge(parsed, out, restart="journal" not in damage)
     merge(parsed, tmp_path / "whole")
     assert content(out) == content(tmp_path / "whole")
 
@@ -191,6 +194,16 @@ def test_sigterm_says_how_to_go_on(trio, sets, tmp_path):
     child.send_signal(signal.SIGTERM)
     told = child.communicate(timeout=60)[1]
     assert child.returncode == 75 and "the same command" in told and "Traceback" not in told, told
-    state = json.loads((out / ".streammerge" / FILE).read_text())["state"]
+    _, state = journal.read(out / ".streammerge")
     assert state["label"].startswith(("survey", "merge"))
     assert subprocess.run(command(recipe, out)).returncode == 0
+
+
+def test_a_flipped_bit_in_the_activations_is_noticed(trio, sets, tmp_path, monkeypatch):
+    recipe, out = saved_halfway(trio, sets, tmp_path, monkeypatch, coefficients={"scope": "layer"})
+    file = out / ".streammerge" / journal.read(out / ".streammerge")[1]["activations"]
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(InputError, match=rf"{file.name}: is not what.*hash.*--restart"):
+        merge(parse_recipe(recipe.read_text(), str(recipe)), out)

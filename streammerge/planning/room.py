@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from contextlib import suppress
@@ -19,7 +18,7 @@ from ..fingerprint import fingerprint
 from ..io.claim import STATE
 from ..io.header import encode_header, tensor_bytes
 from ..io.writer import plan_shards
-from ..journal import FILE, Journal
+from ..journal import Journal, read
 from ..memory import format_size, parse_size
 from ..plan import Plan
 
@@ -70,11 +69,10 @@ def look(plan: Plan, out: Path | None, circumstances: dict[str, Any], *, restart
 def _resumes(plan: Plan, out: Path, circumstances: dict[str, Any], restart: bool) -> str:
     """What becomes of an unfinished merge. InputError that lists the differences where it is another one."""
     folder = out / STATE
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        if not restart and json.loads((folder / FILE).read_text("utf-8"))["state"] is not None:
-            Journal(folder, fingerprint(plan, circumstances)).open(restart=False)  # such a journal is read, no more
-            return RESUMED
-    return DROPPED
+    if restart or read(folder) is None:
+        return DROPPED
+    Journal(folder, fingerprint(plan, circumstances)).open(restart=False)  # such a journal is read, no more
+    return RESUMED
 
 
 def existing(out: Path) -> Path:
