@@ -3,11 +3,11 @@
     python benchmarks/bench_merge.py [--shapes 0.5b 1.5b] [--rounds 5] [--mergekit VENV/bin] [--work DIR] [--keep]
 
 The floor: `cat` of the three models to /dev/null and `cp` of one. streammerge: the command `streammerge merge` in a
-fresh process, so imports, the check of the written file and the report count. mergekit (--mergekit, its own venv with
-a CPU torch): `mergekit-yaml` on the same files, with every setting of threads in `mergekit_settings`. Each round runs
-all of them once, one after the other, on a warm page cache; outputs are deleted in between. Needs four times a model's
-bytes of disk (1.5b: 12 GB) and a page cache that holds them. Appends medians and every run to results/cpu-merge.jsonl
-(--out); ratios are of the same round.
+fresh process, so imports, the check of the written file, its SHA256 (once more without) and the report count. mergekit
+(--mergekit, its own venv with a CPU torch): `mergekit-yaml` on the same files, with every setting of threads in
+`mergekit_settings`. Each round runs all of them once, one after the other, on a warm page cache; outputs are deleted in
+between. Needs four times a model's bytes of disk (1.5b: 12 GB) and a page cache that holds them. Appends medians and
+every run to results/cpu-merge.jsonl (--out); ratios are of the same round.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from timing import Timed, timed
 from streammerge.bench.synthetic import ROLES
 
 LAMBDA = 0.7
+NO_HASHES = "streammerge, manifest: none"
 
 
 def mergekit_settings() -> dict[str, tuple[dict[str, str], list[str]]]:
@@ -49,8 +50,9 @@ def recipes(root: Path, trio: dict[str, Path]) -> dict[str, Path]:
     weights = {"lrm": 1.0, "itm": LAMBDA}
     models = [{"model": str(trio[role]), "parameters": {"weight": w}} for role, w in weights.items()]
     theirs = {"merge_method": "task_arithmetic", "base_model": str(trio["base"]), "models": models, "dtype": "bfloat16"}
-    paths = {"streammerge": root / "recipe.yml", "mergekit": root / "mergekit.yml"}
-    for path, recipe in zip(paths.values(), (ours, theirs), strict=True):
+    found = {"streammerge": ours, NO_HASHES: ours | {"manifest": "none"}, "mergekit": theirs}
+    paths = {name: root / f"{n}.yml" for n, name in enumerate(found)}
+    for path, recipe in zip(paths.values(), found.values(), strict=True):
         path.write_text(json.dumps(recipe))
     return paths
 
@@ -63,7 +65,7 @@ def contestants(root: Path, trio: dict[str, Path], mergekit: Path | None) -> dic
     found = {
         "floor: cat trio": (["cat", *files], {}),
         "floor: cp one": (["cp", "-r", str(trio["lrm"]), out], {}),
-        "streammerge": ([ours, "merge", str(paths["streammerge"]), out], {}),
+        **{name: ([ours, "merge", str(paths[name]), out], {}) for name in ("streammerge", NO_HASHES)},
     }
     if mergekit:
         for label, (env, flags) in mergekit_settings().items():
@@ -113,9 +115,10 @@ def rows_of_shape(what: str, found: dict[str, list[Timed]]) -> list:
                  row(f"{what}: {label}", "CPU s", [r.cpu for r in runs]),
                  row(f"{what}: {label}", "peak RSS MB", [r.peak for r in runs])]  # fmt: skip
     ours = found["streammerge"]
-    floors = zip(found["floor: cat trio"], found["floor: cp one"], ours, strict=True)
-    ratios = [r.wall / (cat.wall + cp.wall) for cat, cp, r in floors]
-    rows.append(row(f"{what}: streammerge / floor", "ratio of wall", ratios))
+    for name in ("streammerge", NO_HASHES):
+        floors = zip(found["floor: cat trio"], found["floor: cp one"], found[name], strict=True)
+        ratios = [r.wall / (cat.wall + cp.wall) for cat, cp, r in floors]
+        rows.append(row(f"{what}: {name} / floor", "ratio of wall", ratios))
     theirs = {label: runs for label, runs in found.items() if label.startswith("mergekit")}
     if theirs:
         middle = len(ours) // 2
