@@ -101,7 +101,6 @@ def _merge(
         go_on = partial(resumed, journal, restart=restart)
         with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size), go_on) as writer:  # a bad OUT first
             data = _still_needed(calibrate(plan, progress), kept, journal)
-            memory.give_back()  # the tokenizer's
             estimate = predict(plan, data, where, dtype)
             with Workers(estimate.workers) as workers:
                 model = StreamedModel(plan.lrm, plan.family, where, dtype, workers)
@@ -140,6 +139,7 @@ def _merge(
 
 def _still_needed(data: CalibrationSet, kept: Artifacts | None, journal: Journal) -> CalibrationSet:
     """Without the sets whose findings an earlier merge has left."""
+    memory.give_back()  # the tokenizer's
     if kept and journal.state is None:
         kept.forget_partial()
     if kept and "bases" in kept.reused:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .arch import Family, HeadLayout, family_of, head_layout
 from .errors import InputError, StreamMergeError, listed
 from .io.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from .io.writer import OutTensor
+from .io.shards import OutTensor
 from .recipe import Recipe
 
 _SAME = (

@@ -24,7 +24,7 @@ FLOORS = {
     "bases": 6, "compose": 7, "attention": 8, "artifacts": 9, "coefficients": 9, "run": 9,
     "verify": 10, "l_think": 10, "plain": 10, "snapshot": 10, "sweep": 10,
     "report": 12, "manifest": 12, "finish": 12, "checking": 13, "probes": 13, "pipeline": 13, "merging": 14,
-    "demo": 14, "bench": 14, "planning": 14, "cli": 14,
+    "demo": 14, "bench": 14, "planning": 14, "cli": 15, "flags": 14,
 }  # fmt: skip
 KERNEL_IMPORTS = {"torch", "triton", "__future__", "importlib", "collections", "math", "os", "functools", "dataclasses"}
 KERNEL_IMPORTS |= {"typing"}

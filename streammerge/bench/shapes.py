@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..io.writer import OutTensor
+from ..io.shards import OutTensor
 
 CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _CLASSES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}

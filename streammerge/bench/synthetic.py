@@ -16,7 +16,7 @@ import numpy as np
 
 from ..codec import WORDS, encode
 from ..io.header import encode_header, tensor_bytes
-from ..io.writer import plan_shards
+from ..io.shards import plan_shards
 from .shapes import CODES, tensors
 
 ROLES = ("base", "itm", "lrm")

@@ -17,7 +17,7 @@ from ..errors import InputError, ResourceError
 from ..fingerprint import fingerprint
 from ..io.claim import STATE
 from ..io.header import encode_header, tensor_bytes
-from ..io.writer import plan_shards
+from ..io.shards import plan_shards
 from ..journal import Journal, read
 from ..memory import format_size, parse_size
 from ..plan import Plan
