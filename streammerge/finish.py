@@ -29,6 +29,14 @@ def refuse_unchanged(plan: Plan, totals: dict[str, float]) -> None:
     )
 
 
+def refuse_certainly_unchanged(plan: Plan) -> None:
+    """Raises UnchangedError for λ = 0 and for an ITM that is its own base: no weight is needed to see that."""
+    same = plan.itm is plan.base or plan.itm.path.resolve() == plan.base.path.resolve()
+    if same or plan.recipe.lam == 0:
+        norm = 0.0 if same else 1.0
+        refuse_unchanged(plan, {"applied_over_delta": 0.0, "changed_elements": 0, "delta_norm": norm})
+
+
 def peaks(device: str, floor: int, fresh: bool) -> dict[str, Any]:
     """Measured peaks in bytes. `floor` is the resident set at the start: interpreter, torch, transformers. What loads
     later (a tokenizer, the family's modules) counts as the merge's, and the plan has a term for it."""

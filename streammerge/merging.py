@@ -15,7 +15,7 @@ from typing import Any
 from . import manifest, memory, report
 from .errors import InputError
 from .fingerprint import fingerprint
-from .finish import peaks, refuse_unchanged, write_report
+from .finish import peaks, refuse_certainly_unchanged, refuse_unchanged, write_report
 from .io.claim import STATE
 from .io.writer import CheckpointWriter
 from .journal import EVERY, Journal, resumed
@@ -48,7 +48,7 @@ def merge(
     streammerge_report.json). Raises a StreamMergeError that says what to do; `out` then holds nothing, or what was
     saved for a resume.
     """
-    _refuse_inside(recipe, Path(out))
+    refuse_inside(recipe, Path(out))
     if not is_plain(recipe) or device not in ("auto", "cpu"):
         from . import pipeline
 
@@ -62,7 +62,7 @@ def merge(
     return _merge_plain(recipe, Path(out), progress, threads or usable_cores(), restart, save_every)
 
 
-def _refuse_inside(recipe: Recipe, out: Path) -> None:
+def refuse_inside(recipe: Recipe, out: Path) -> None:
     """InputError where OUT would lie in the directory of one of the models: nothing is ever written there."""
     for key in ("reasoning_model", "instruct_model", "base_model"):
         model = getattr(recipe, key)
@@ -85,6 +85,7 @@ def _merge_plain(
         journal = Journal(out / STATE, fingerprint(plan, {"path": "without calibration"}), every=save_every)
         go_on = partial(resumed, journal, restart=restart)
         with CheckpointWriter(out, plan.tensors, memory.parse_size(recipe.shard_size), go_on) as writer:
+            refuse_certainly_unchanged(plan)
             started = time.perf_counter()
             composed = merge_plain(plan, writer, progress, fitted.count, journal)
             merged = time.perf_counter() - started

@@ -23,7 +23,7 @@ from .calibration import CalibrationSet, load_calibration
 from .errors import OutOfMemory, RecipeError, ResourceError
 from .estimate import Estimate, predict
 from .fingerprint import fingerprint
-from .finish import peaks, refuse_unchanged, write_report
+from .finish import peaks, refuse_certainly_unchanged, refuse_unchanged, write_report
 from .forward import StreamedModel
 from .io.checkpoint import TORCH_DTYPES
 from .io.claim import STATE
@@ -102,6 +102,7 @@ def _merge(
         with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size), go_on) as writer:  # a bad OUT first
             data = _still_needed(calibrate(plan, progress), kept, journal)
             estimate = predict(plan, data, where, dtype)
+            refuse_certainly_unchanged(plan)
             with Workers(estimate.workers) as workers:
                 model = StreamedModel(plan.lrm, plan.family, where, dtype, workers)
                 spill = spill_folder(recipe, out, estimate)

@@ -146,6 +146,22 @@ def test_refuses_what_the_merge_refuses(bench, name):
     assert mine == theirs
 
 
+def test_an_output_inside_a_model_is_refused_as_by_the_merge(bench):
+    recipe, told = bench.recipe(), []
+    for command in ("plan", "merge"):
+        assert main([command, str(recipe), str(bench.models["itm"] / "merged"), "--quiet"]) == 3
+        told.append(bench.capfd.readouterr().err)
+    assert told[0] == told[1] and "lies in instruct_model" in told[0]
+
+
+def test_a_merge_that_must_change_nothing_does_not_begin(bench, monkeypatch):
+    from streammerge import pipeline
+
+    monkeypatch.setattr(pipeline, "sweep", lambda run: pytest.fail("the sweep began"))
+    assert main(["merge", str(bench.recipe()), str(bench.out), "--lambda", "0", "--quiet"]) == 6
+    assert not bench.out.exists()
+
+
 def test_a_disk_that_is_too_small(bench, monkeypatch):
     recipe, told = bench.recipe(), []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))

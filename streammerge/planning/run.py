@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import memory, report
-from ..finish import refuse_unchanged
+from ..finish import refuse_certainly_unchanged
 from ..io.checkpoint import side_files
+from ..merging import refuse_inside
 from ..plain import Threads, fit_threads, is_plain
 from ..plan import Plan, make_plan
 from ..progress import Progress
@@ -43,6 +44,8 @@ def plan_merge(
     change nothing. Damaged weights, and a disk that fills up meanwhile, cannot be seen from here.
     """
     progress, spent = progress or Progress("quiet"), {"imports": imports}
+    if out is not None:
+        refuse_inside(recipe, Path(out))
     plain = is_plain(recipe)
     where = _device(recipe, device, threads, plain)
     with progress:
@@ -99,14 +102,6 @@ def _timed(spent: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
     return found
 
 
-def _refuse_certainly_unchanged(plan: Plan) -> None:
-    """Raises UnchangedError for λ = 0 and for an ITM that is its own base: no weight is needed to see that."""
-    same = plan.itm is plan.base or plan.itm.path.resolve() == plan.base.path.resolve()
-    if same or plan.recipe.lam == 0:
-        norm = 0.0 if same else 1.0
-        refuse_unchanged(plan, {"applied_over_delta": 0.0, "changed_elements": 0, "delta_norm": norm})
-
-
 def _fitted(plan: Plan, threads: int) -> Threads:
     """Threads of a plain merge, as merging.py fits them into the budget."""
     budget = plan.recipe.budget.host_memory
@@ -120,7 +115,7 @@ def _plain(
     """Facts, seconds by part, and rows of Ω_think of a merge that needs no data."""
     from .plain_time import block_speed, plain_parts
 
-    _refuse_certainly_unchanged(plan)
+    refuse_certainly_unchanged(plan)
     host = {f"buffers of {fitted.count} threads": fitted.nbytes}
     settings = {"tokens_per_batch": 0, "device": {}, "host": host, "device_total": 0, "host_total": fitted.nbytes,
                 "disk": sum(t.nbytes for t in plan.lrm.tensors.values())}  # fmt: skip
@@ -146,7 +141,7 @@ def _sweep(
     dtype = pipeline.compute_dtype(plan, where)
     settings = predict(plan, data, where, dtype)
     _timed(spent, "model", lambda: StreamedModel(plan.lrm, plan.family, where, dtype))  # its names and shapes fit
-    _refuse_certainly_unchanged(plan)
+    refuse_certainly_unchanged(plan)
     progress.event("probing the disk and the device")
     read, write, speeds = _timed(spent, "probes", lambda: (*_disks(plan, disk), measure_speeds(
         plan, settings.tokens_per_batch, where, dtype)))  # fmt: skip
