@@ -1,0 +1,61 @@
+"""A merge without data as a list of jobs: one for every tensor of the output, each complete in itself.
+
+Who reads a recipe makes them (mergekit/), who runs them knows nothing of recipes (tensorwise.py). Every parameter is
+resolved: gradients, filters and defaults have become one value for one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .io.checkpoint import Checkpoint
+from .io.shards import OutTensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input of a job: the tensor `key` of a checkpoint, with the method's per-model parameters (weight, …)."""
+
+    checkpoint: Checkpoint
+    key: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """One tensor of the output.
+
+    `sources` are in recipe order and include the base where the method counts it as an input; `base` is the one that
+    task vectors are taken from, or None. `dtype`: the code that inputs are cast to as they are read ('': as stored,
+    promoted to a common one). `parameters` are the method's own, under its keywords.
+    """
+
+    out: OutTensor
+    method: str
+    sources: tuple[Source, ...]
+    base: Source | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A checked merge without data. `donor` lends its side files (tokenizer, template, licence, generation config);
+    `config` is what the output's config.json says; `text` the recipe as its user wrote it, `source` its path."""
+
+    text: str
+    source: str
+    method: str
+    inputs: tuple[Checkpoint, ...]
+    donor: Checkpoint
+    config: Mapping[str, Any]
+    sides: Mapping[str, Any]  # name in OUT -> path of the file that is copied, or the bytes that are written
+    jobs: tuple[TensorJob, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[OutTensor, ...]:
+        """The whole output, in the order of its jobs."""
+        return tuple(job.out for job in self.jobs)
