@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import suppress
 
+from .environment import unknown
 from .errors import ResourceError, StreamMergeError
 from .flags import parser
 from .memory import tame_allocator
@@ -129,6 +130,8 @@ _COMMANDS = {"merge": _merge, "plan": _plan, "demo": _demo, "bench": _bench, "ve
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     args = parser().parse_args(argv)
+    for line in unknown():
+        _tell(args, "warning", line)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # idle OpenMP threads that spin steal the core from those that work: tenfold slower on a busy machine
@@ -167,10 +170,13 @@ def _unfinished(args: argparse.Namespace) -> str:
 
 
 def _failed(args: argparse.Namespace, message: str, exit_code: int) -> int:
-    """Tell the user on stderr, in the format of the log."""
-    if args.log_format == "json":
-        record = {"ts": round(time.time(), 3), "level": "error", "event": message, "exit_code": exit_code}
-        print(json.dumps(record), file=sys.stderr)
-    else:
-        print(f"streammerge: {message}", file=sys.stderr)
+    """Tell the user why, and return the exit code."""
+    _tell(args, "error", message, exit_code=exit_code)
     return exit_code
+
+
+def _tell(args: argparse.Namespace, level: str, message: str, **more: int) -> None:
+    """A line on stderr, in the format of the log."""
+    if args.log_format == "json":
+        message = json.dumps({"ts": round(time.time(), 3), "level": level, "event": message, **more})
+    print(message if args.log_format == "json" else f"streammerge: {message}", file=sys.stderr)

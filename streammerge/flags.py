@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import __version__
+from .environment import Parser
 from .errors import StreamMergeError
 
 _EXIT_CODES = """exit codes:
@@ -16,6 +17,8 @@ _EXIT_CODES = """exit codes:
   2  recipe or usage            7  thinking markers missing from too many samples
   3  invalid input             75  interrupted (SIGTERM); the same command goes on
   4  not enough memory or disk  130  interrupted (Ctrl-C)
+
+environment: STREAMMERGE_HOST_MEMORY=16GiB is --host-memory 16GiB, and so on for every flag; the command line wins
 """
 
 _MERGE = """Merge three checkpoints of one architecture as a recipe says.
@@ -62,7 +65,7 @@ that it had. All that is wrong is told at once. Exit code 0, or 5; 3 where OUT h
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="streammerge", epilog=_EXIT_CODES, formatter_class=raw,
         description="Merge large reasoning models with instruction-tuned ones, one layer in memory at a time.",
     )  # fmt: skip
