@@ -6,22 +6,20 @@ imports torch. Whatever raises, nothing is left under a final name.
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import manifest, memory, report
-from .errors import InputError
 from .fingerprint import fingerprint
 from .finish import peaks, refuse_certainly_unchanged, refuse_unchanged, write_report
-from .io.claim import STATE
+from .io.claim import STATE, refuse_inside
 from .io.writer import CheckpointWriter
 from .journal import EVERY, Journal, resumed
 from .outcome import Composed
 from .plain import Threads, fit_threads, is_plain, merge_plain
-from .plan import Plan, make_plan
+from .plan import Plan, distinct, make_plan
 from .progress import Progress
 from .recipe import Recipe
 from .threads import usable_cores
@@ -48,7 +46,6 @@ def merge(
     streammerge_report.json). Raises a StreamMergeError that says what to do; `out` then holds nothing, or what was
     saved for a resume.
     """
-    refuse_inside(recipe, Path(out))
     if not is_plain(recipe) or device not in ("auto", "cpu"):
         from . import pipeline
 
@@ -62,15 +59,6 @@ def merge(
     return _merge_plain(recipe, Path(out), progress, threads or usable_cores(), restart, save_every)
 
 
-def refuse_inside(recipe: Recipe, out: Path) -> None:
-    """InputError where OUT would lie in the directory of one of the models: nothing is ever written there."""
-    for key in ("reasoning_model", "instruct_model", "base_model"):
-        model = getattr(recipe, key)
-        if model and os.path.isdir(model) and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(model)):
-            raise InputError(f"{out}: lies in {key} {model}, in which nothing is written: choose a directory outside "
-                             "of the models")
-
-
 def _merge_plain(
     recipe: Recipe, out: Path, progress: Progress, threads: int, restart: bool, save_every: float
 ) -> dict[str, Any]:
@@ -79,10 +67,11 @@ def _merge_plain(
     fresh_meter, floor = memory.reset_host_peak(), memory.host_now()
     with progress:
         plan = make_plan(recipe)
+        refuse_inside(out, distinct(plan.lrm, plan.itm, plan.base))
         budget = recipe.budget.host_memory
         limit = 0.9 * memory.total("host") if budget == "auto" else memory.parse_size(budget)
         fitted = fit_threads(plan, threads, limit or float("inf"))
-        journal = Journal(out / STATE, fingerprint(plan, {"path": "without calibration"}), every=save_every)
+        journal = Journal(out / STATE, fingerprint(plan.output, {"path": "without calibration"}), every=save_every)
         go_on = partial(resumed, journal, restart=restart)
         with CheckpointWriter(out, plan.tensors, memory.parse_size(recipe.shard_size), go_on) as writer:
             refuse_certainly_unchanged(plan)
@@ -95,15 +84,15 @@ def _merge_plain(
                 writer.add_file(source.name, source)
             writer.finish()
             result = {
-                **report.inputs(plan),
+                **report.inputs(plan.output),
                 **told,
-                "verified": verify_output(plan, out, fitted.count),
+                "verified": verify_output(plan.output, out, fitted.count),
                 "plan": _predicted(plan, fitted),
                 "memory": peaks("cpu", floor, fresh_meter),
                 "seconds": {"total": round(time.perf_counter() - began, 3), "merge": round(merged, 3)},
                 "resumed_at": journal.resumed_at,
             }
-            manifest.write(writer.note, plan, result)
+            manifest.write(writer.note, plan.output, result)
             write_report(writer, result)
     return result
 

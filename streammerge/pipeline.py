@@ -26,13 +26,13 @@ from .fingerprint import fingerprint
 from .finish import peaks, refuse_certainly_unchanged, refuse_unchanged, write_report
 from .forward import StreamedModel
 from .io.checkpoint import TORCH_DTYPES
-from .io.claim import STATE
+from .io.claim import STATE, refuse_inside
 from .io.writer import CheckpointWriter
 from .journal import EVERY, Journal, resumed
 from .l_think import think_loss
 from .markers import find_markers, load_tokenizer
 from .memory import parse_size
-from .plan import Plan, make_plan
+from .plan import Plan, distinct, make_plan
 from .progress import Progress
 from .recipe import Recipe
 from .run import Run, Streams
@@ -94,8 +94,9 @@ def _merge(
     memory.reset_device_peak(where)
     with progress:
         plan = make_plan(recipe)
+        refuse_inside(out, distinct(plan.lrm, plan.itm, plan.base))
         dtype = compute_dtype(plan, where)
-        found = fingerprint(plan, _circumstances(recipe, where, dtype))
+        found = fingerprint(plan.output, _circumstances(recipe, where, dtype))
         journal = Journal(out / STATE, found, every=save_every)
         kept = Artifacts(Path(artifacts), plan, found) if artifacts else None
         go_on = partial(resumed, journal, restart=restart)
@@ -118,12 +119,12 @@ def _merge(
             _copy_rest(plan, writer)
             writer.finish()
             result = {
-                **report.inputs(plan),
+                **report.inputs(plan.output),
                 **told,
                 "warnings": [*warnings, *plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data),
                              *(run.quantized.warnings() if run.quantized else [])],
                 "calibration": data.notes | {"heldout": len(data.heldout)},
-                "verified": verify_output(plan, out),
+                "verified": verify_output(plan.output, out),
                 "device": str(where),
                 "compute_dtype": str(dtype).removeprefix("torch."),
                 "kernels": kernels.ran(),
@@ -133,7 +134,7 @@ def _merge(
                 "resumed_at": journal.resumed_at,
                 "artifacts": {"reused": kept.reused, "wanted": kept.wanted} if kept else None,
             }
-            manifest.write(writer.note, plan, result)
+            manifest.write(writer.note, plan.output, result)
             write_report(writer, result)
     return result
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import recipe_text
 from safetensors.torch import save_file
 
 from streammerge.errors import InputError
@@ -148,3 +149,19 @@ def test_links_of_the_cache_lead_into_its_own_blobs_only(tmp_path, cache):
     (snapshot.parents[1] / "blobs" / own.name).symlink_to(local / "model.safetensors")
     with pytest.raises(InputError, match="model.safetensors: is a link that leaves the directory"):
         open_checkpoint(snapshot, "base_model")
+
+
+@pytest.mark.parametrize("inside", ["snapshots/" + "f" * 40 + "/out", "blobs/out", "out", "snapshots/other/out"])
+def test_nothing_is_written_into_the_cache_of_a_model(trio, tmp_path, cache, inside):
+    from streammerge import merge, parse_recipe
+    from streammerge.planning.run import plan_merge
+
+    snapshot = hub(cache, "o/lrm", "f" * 40, {f.name: f for f in trio["lrm"].iterdir()})
+    text = recipe_text(trio | {"lrm": "o/lrm"}, None, merge_method="task_arithmetic")
+    recipe, out = parse_recipe(text, "r.yml"), snapshot.parents[1] / inside
+    before = sorted(cache.rglob("*"))
+    for run in (merge, plan_merge):
+        with pytest.raises(InputError, match="reasoning_model .*Hub cache.*nothing is written"):
+            run(recipe, out)
+    assert sorted(cache.rglob("*")) == before
+    assert merge(recipe, cache / "out")["verified"]

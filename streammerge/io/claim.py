@@ -12,14 +12,33 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..errors import InputError
+from .checkpoint import Checkpoint
 
 _ARTIFACTS = ("journal.json", "journal.json.partial", "activations-*.safetensors", ".tmp*")  # the last: a kill while
 # the safetensors library saves
 STATE = ".streammerge"  # the one name that an output directory may hold: artifacts of an earlier, unfinished merge
+
+
+def refuse_inside(out: Path, models: Iterable[Checkpoint]) -> None:
+    """InputError where OUT would lie among the files of one of the models: nothing is ever written there."""
+    real = Path(os.path.realpath(out))
+    for model in models:
+        if any(real.is_relative_to(folder) for folder in _folders(model)):
+            raise InputError(f"{out}: lies in {model.role} {model.path}, or in the part of the Hub cache that holds "
+                             "it, in which nothing is written: choose a directory outside of the models")
+
+
+def _folders(model: Checkpoint) -> Iterator[Path]:
+    """The model's directory, those in which its files really lie, and all that the Hub's cache keeps of it."""
+    real = Path(os.path.realpath(model.path))
+    yield real
+    yield from {Path(os.path.realpath(info.file)).parent for info in model.tensors.values()}
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        yield real.parent.parent
 
 
 def _pid() -> bytes:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from .. import memory, report
 from ..finish import refuse_certainly_unchanged
 from ..io.checkpoint import side_files
-from ..merging import refuse_inside
+from ..io.claim import refuse_inside
 from ..plain import Threads, fit_threads, is_plain
-from ..plan import Plan, make_plan
+from ..plan import Plan, distinct, make_plan
 from ..progress import Progress
 from ..recipe import Recipe
 from ..threads import usable_cores
@@ -44,12 +44,12 @@ def plan_merge(
     change nothing. Damaged weights, and a disk that fills up meanwhile, cannot be seen from here.
     """
     progress, spent = progress or Progress("quiet"), {"imports": imports}
-    if out is not None:
-        refuse_inside(recipe, Path(out))
     plain = is_plain(recipe)
     where = _device(recipe, device, threads, plain)
     with progress:
         plan = _timed(spent, "headers", lambda: make_plan(recipe))
+        if out is not None:
+            refuse_inside(out, distinct(plan.lrm, plan.itm, plan.base))
         fitted = _fitted(plan, threads or usable_cores()) if plain else None
         side_files(plan.lrm.path)
         disk = room.look(plan, out, _circumstances(plan, where), restart=restart)
@@ -59,7 +59,7 @@ def plan_merge(
     every = tensors.per_tensor(plan, treated)
     fixed = {k: v for k, v in spent.items() if k != "probes"}
     return {
-        **report.inputs(plan),
+        **report.inputs(plan.output),
         "out": None if out is None else str(out),
         "groups": tensors.groups(plan, every),
         "per_tensor": every,
