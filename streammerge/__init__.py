@@ -11,7 +11,9 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "merge": "merging",
+    "merge": "api",
+    "MergeReport": "api",
+    "Step": "progress",
     "load_recipe": "recipe",
     "parse_recipe": "recipe",
     "Recipe": "recipe",

@@ -7,7 +7,6 @@ never a traceback.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import signal
@@ -27,16 +26,14 @@ def _progress(args: argparse.Namespace):
     return Progress("quiet" if args.quiet else "json" if args.log_format == "json" else "auto")
 
 
-def _recipe(args: argparse.Namespace):
-    """The recipe, with what the flags say in place of its own."""
-    from .recipe import load_recipe
+_BUDGET = ("lam", "device_memory", "host_memory", "tokens_per_batch", "scratch_dir", "scratch_space")
 
-    recipe = load_recipe(args.recipe)  # before torch is imported: a typo is answered at once
-    names = ("device_memory", "host_memory", "tokens_per_batch", "scratch_dir", "scratch_space")
-    given = {k: getattr(args, k) for k in names}
-    budget = dataclasses.replace(recipe.budget, **{k: v for k, v in given.items() if v is not None})
-    lam = recipe.lam if args.lam is None else args.lam
-    return dataclasses.replace(recipe, budget=budget, lam=lam)
+
+def _recipe(args: argparse.Namespace):
+    """The recipe, with what the flags say in place of its own. Before torch is imported: a typo is answered at once."""
+    from .api import with_budget
+
+    return with_budget(args.recipe, **{name: getattr(args, name) for name in _BUDGET})
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -55,17 +52,11 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    began = time.perf_counter()
-    recipe = _recipe(args)
-    from .plain import is_plain
-    from .planning.run import plan_merge
+    from .api import plan
     from .planning.table import print_plan
 
-    if not is_plain(recipe):
-        from . import pipeline  # noqa: F401 (its seconds of import are the merge's as well)
-    imports = time.perf_counter() - began
-    report = plan_merge(recipe, args.out, device=args.device, threads=args.threads, progress=_progress(args),
-                        restart=getattr(args, "restart", False), imports=imports)  # fmt: skip
+    report = plan(_recipe(args), args.out, device=args.device, threads=args.threads, progress=_progress(args),
+                  restart=getattr(args, "restart", False))  # fmt: skip
     if not args.quiet and args.log_format == "text":
         print_plan(report)
     if args.json:

@@ -1,7 +1,7 @@
 """Every flag by its environment variable: STREAMMERGE_HOST_MEMORY=16GiB is --host-memory 16GiB.
 
 For containers and pipelines, whose commands are fixed and whose settings are not. The command line wins over the
-environment, the environment over the recipe; a variable that is empty counts as not set. A switch takes yes or no (1, 0, true, false…).
+environment, the environment over the recipe. An empty variable counts as not set; a switch takes yes or no.
 """
 
 from __future__ import annotations

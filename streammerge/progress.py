@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from .memory import host_now, host_peak
@@ -16,11 +18,29 @@ from .memory import host_now, host_peak
 Mode = Literal["auto", "quiet", "json"]
 
 
-class Progress:
-    """A context manager. `total` is in work units (token-layers); rates are averages since the start of the stage."""
+@dataclass(frozen=True)
+class Step:
+    """How far the present stage of a merge is: `done` of `total` work units (bytes of a plain merge, layer passes of a
+    sweep), tokens and bytes that it moved, seconds since it began and, once anything is done, seconds to its end."""
 
-    def __init__(self, mode: Mode = "auto"):
-        self.mode = mode
+    stage: str
+    done: int
+    total: int
+    tokens: int
+    nbytes: int
+    seconds: float
+    eta_seconds: float | None
+
+
+class Progress:
+    """A context manager. `total` is in work units (token-layers); rates are averages since the start of the stage.
+
+    `listener` hears of every step besides; what it raises ends the merge, which can then be gone on with.
+    """
+
+    def __init__(self, mode: Mode = "auto", listener: Callable[[Step], None] | None = None):
+        self.mode, self._listener = mode, listener
+        self._stage = ""
         self._bar: Any = None
         self._task: Any = None
         self._began = time.perf_counter()
@@ -47,6 +67,8 @@ class Progress:
         self.event(label)
         self._began, self._total = time.perf_counter(), max(1, total)
         self._tokens = self._bytes = self._done = 0
+        self._stage = label
+        self._report()
         if self.mode == "auto" and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -64,6 +86,8 @@ class Progress:
         self._done += units
         self._tokens += tokens
         self._bytes += nbytes
+        self._stage = label or self._stage
+        self._report()
         if self._bar is not None:
             seconds = self._seconds()
             rates = f"{self._tokens / seconds / 1e3:.1f}k tok/s {self._bytes / seconds / 1e6:.0f} MB/s"
@@ -79,8 +103,17 @@ class Progress:
             self.event(
                 name, layer=layer, of=of, tokens_per_second=round(self._tokens / seconds, 1),
                 bytes_per_second=round(self._bytes / seconds), peak=host_peak(),
-                eta_seconds=round(seconds * max(0, self._total - self._done) / self._done, 1),
+                eta_seconds=round(self._eta(seconds) or 0.0, 1),
             )  # fmt: skip
+
+    def _report(self) -> None:
+        if self._listener is not None:
+            seconds = self._seconds()
+            self._listener(Step(self._stage, self._done, self._total, self._tokens, self._bytes, seconds,
+                                self._eta(seconds)))  # fmt: skip
+
+    def _eta(self, seconds: float) -> float | None:
+        return seconds * max(0, self._total - self._done) / self._done if self._done else None
 
     def _seconds(self) -> float:
         return max(1e-9, time.perf_counter() - self._began)
