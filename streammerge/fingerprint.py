@@ -13,41 +13,34 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from . import __version__
 from .errors import InputError
 from .io.checkpoint import Checkpoint
-from .plan import Plan, distinct
-from .recipe import to_yaml
+from .output import Output
 
 _UNBOUND = ("budget", "allow_unchanged")  # recipe keys that leave the bytes alone; a budget's choices are told apart
 
 
-def fingerprint(plan: Plan, choices: dict[str, Any]) -> dict[str, Any]:
+def fingerprint(output: Output, choices: dict[str, Any]) -> dict[str, Any]:
     """JSON-able and flat: what was looked at -> its value. `choices`: device, dtype, batch and threads of this run.
     InputError for a file that can no longer be read."""
     try:
-        return _looked_at(plan, choices)
+        return _looked_at(output, choices)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}: is something else changing the "
                          "checkpoint?") from error
 
 
-def _looked_at(plan: Plan, choices: dict[str, Any]) -> dict[str, Any]:
+def _looked_at(output: Output, choices: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"streammerge": __version__}
-    recipe = yaml.safe_load(to_yaml(plan.recipe))
-    for key in _UNBOUND:
-        recipe.pop(key, None)
+    recipe = {key: value for key, value in output.recipe.items() if key not in _UNBOUND}
     found |= {f"recipe: {key}": value for key, value in _flat(recipe)}
-    for checkpoint in distinct(plan.lrm, plan.itm, plan.base):
-        found |= _of_checkpoint(checkpoint)
-    for file in plan.lrm.sides:
-        found[f"reasoning_model: {file.name}"] = _hash(file)
-    for kind in ("reasoning", "instruction"):
-        path = getattr(plan.recipe.calibration, kind)
-        if path:
-            found[f"calibration.{kind}: {path}"] = _hash(Path(path))
+    for role, checkpoint in output.inputs.items():
+        found |= _of_checkpoint(role, checkpoint)
+    for name, content in output.sides.items():
+        found[f"{output.donor.role}: {name}"] = _hash(content)
+    for kind, path in output.calibration.items():
+        found[f"calibration.{kind}: {path}"] = _hash(Path(path))
     found |= {f"version of {name}": importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     found["machine"] = platform.machine()
     return found | {f"run: {key}": value for key, value in choices.items()}
@@ -62,7 +55,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def _of_checkpoint(role: str, checkpoint: Checkpoint) -> dict[str, Any]:
     headers: dict[Path, Any] = {}
     for name, info in checkpoint.tensors.items():
         seen = headers.setdefault(info.file, hashlib.sha256())
@@ -70,13 +63,13 @@ def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     found = {}
     for file, seen in headers.items():
         stat = file.stat()
-        found[f"{checkpoint.role}: {file.name}"] = [seen.hexdigest()[:16], stat.st_size, stat.st_mtime_ns]
-    found[f"{checkpoint.role}: config.json"] = _hash(checkpoint.path / "config.json")
+        found[f"{role}: {file.name}"] = [seen.hexdigest()[:16], stat.st_size, stat.st_mtime_ns]
+    found[f"{role}: config.json"] = _hash(checkpoint.path / "config.json")
     return found
 
 
-def _hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def _hash(content: Path | bytes) -> str:
+    return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()[:16]
 
 
 def _flat(value: dict[str, Any], prefix: str = ""):

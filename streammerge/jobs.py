@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from .io.checkpoint import Checkpoint
 from .io.shards import OutTensor
+from .output import Output
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,37 @@ class TensorPlan:
     warnings: tuple[str, ...] = ()
 
     @property
+    def output(self) -> Output:
+        """What the end of the merge needs of it. Bytes are copied where passthrough neither casts nor scales."""
+        roles = [c.role for c in self.inputs]
+        if len(set(roles)) < len(roles):
+            raise ValueError(f"inputs need roles of their own, found {roles}: a bug")
+        copied = {job.out.name: job.sources[0] for job in self.jobs if _is_copy(job)}
+        return Output(
+            method=self.method,
+            recipe=yaml.safe_load(self.text),
+            source=self.source,
+            inputs=dict(zip(roles, self.inputs, strict=True)),
+            donor=self.donor,
+            tensors=self.tensors,
+            copies={name: (source.checkpoint, source.key) for name, source in copied.items()},
+            sides=self.sides,
+            mergekit=self.text,
+        )
+
+    @property
     def tensors(self) -> tuple[OutTensor, ...]:
         """The whole output, in the order of its jobs."""
         return tuple(job.out for job in self.jobs)
+
+
+def _is_copy(job: TensorJob) -> bool:
+    """Nothing is computed: the tensor's bytes are its one source's."""
+    if job.method != "passthrough":
+        return False
+    (source,) = job.sources
+    stored = source.checkpoint.tensors[source.key]
+    settings = {**job.parameters, **source.parameters}
+    return (stored.dtype, stored.shape) == (job.out.dtype, job.out.shape) and job.dtype in ("", stored.dtype) and (
+        settings.get("scale", 1) in (1, None)
+    )

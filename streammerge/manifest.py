@@ -11,19 +11,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from .errors import InputError, ResourceError
 from .io.checkpoint import Checkpoint
 from .io.disk import sync_folder
 from .io.header import JSON_LIMIT, read_json, strict_json
 from .markers import PROFILES
-from .plan import Plan
-from .recipe import Recipe, to_yaml
+from .output import Output
 from .report import FILE_NAME as REPORT
 
 FILE_NAME = "streammerge_manifest.json"
@@ -33,24 +30,23 @@ _FREE = ("budget", "allow_unchanged", "capture_cache", "manifest")  # recipe key
 _ORIGINS = {"instruct_model", "reasoning_model", "base_model"}  # told under `inputs`, which know a cache from a path
 
 
-def write(note: Callable[[str], Path], plan: Plan, result: dict[str, Any]) -> None:
+def write(note: Callable[[str], Path], output: Output, result: dict[str, Any]) -> None:
     """Write both files beside a checkpoint that was verified; ResourceError where the disk refuses.
 
     `note` gives the path of a name in OUT and sees to its removal on an error; `result` is the report.
     """
-    if plan.recipe.manifest == "none":
+    if not output.hashed:
         return
     files = result["verified"]["files"]
-    raw = json.dumps(describe(plan, result), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    raw = json.dumps(describe(output, result), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     _place(note, SUMS, sums(files, raw))
     _place(note, FILE_NAME, raw)
 
 
-def describe(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
+def describe(output: Output, result: dict[str, Any]) -> dict[str, Any]:
     """The manifest's content."""
-    recipe = yaml.safe_load(to_yaml(plan.recipe))
-    recipe = {key: value for key, value in recipe.items() if key not in _FREE}
-    ids = result["calibration"].get("marker_ids") or added_markers(plan.lrm.path)
+    recipe = {key: value for key, value in output.recipe.items() if key not in _FREE}
+    ids = result["calibration"].get("marker_ids") or added_markers(output.donor.path)
     return {
         "schema": SCHEMA,
         "streammerge": result["streammerge"],
@@ -61,8 +57,8 @@ def describe(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
         "unhashed": [REPORT],
         "tensors": result["tensors"],
         "markers": ids,
-        "calibration": calibration_files(plan.recipe),
-        "inputs": {c.role: describe_input(c) for c in (plan.lrm, plan.itm, plan.base)},
+        "calibration": calibration_files(output.calibration),
+        "inputs": {role: describe_input(checkpoint) for role, checkpoint in output.inputs.items()},
         "recipe": recipe,
         "recipe_sha256": recipe_hash(recipe),
     }
@@ -115,16 +111,14 @@ def describe_input(checkpoint: Checkpoint) -> dict[str, Any]:
     return origin(checkpoint.path) | {"files": shards}
 
 
-def calibration_files(recipe: Recipe) -> dict[str, str]:
-    """{kind: SHA256} of the recipe's calibration sets, "" for one that cannot be read."""
-    paths = {kind: getattr(recipe.calibration, kind) for kind in ("reasoning", "instruction")}
+def calibration_files(sets: Mapping[str, str]) -> dict[str, str]:
+    """{kind: SHA256} of calibration sets by their paths, "" for one that cannot be read."""
     found = {}
-    for kind, path in paths.items():
-        if path:
-            try:
-                found[kind] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            except OSError:
-                found[kind] = ""
+    for kind, path in sets.items():
+        try:
+            found[kind] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError:
+            found[kind] = ""
     return found
 
 

@@ -14,7 +14,8 @@ from .arch import Family, HeadLayout, family_of, head_layout
 from .errors import InputError, StreamMergeError, listed
 from .io.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from .io.shards import OutTensor
-from .recipe import Recipe
+from .output import Output
+from .recipe import Recipe, resolved
 
 _SAME = (
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
@@ -58,6 +59,25 @@ class Plan:
         """The key of the output embedding: the input embedding where they are tied, even if a head is stored too."""
         tied = self.lrm.config.get("tie_word_embeddings") or self.family.head not in self.lrm.tensors
         return self.family.embedding if tied else self.family.head
+
+    @property
+    def output(self) -> Output:
+        """What the end of the merge needs to know of it."""
+        recipe = self.recipe
+        sets = {"reasoning": recipe.calibration.reasoning, "instruction": recipe.calibration.instruction}
+        return Output(
+            method=recipe.merge_method,
+            recipe=resolved(recipe),
+            source=recipe.source,
+            inputs={c.role: c for c in distinct(self.lrm, self.itm, self.base)},
+            donor=self.lrm,
+            tensors=self.tensors,
+            copies={name: (self.lrm, name) for name in self.copied},
+            sides={file.name: file for file in self.lrm.sides},
+            names=dict(recipe.names),
+            calibration={kind: path for kind, path in sets.items() if path},
+            hashed=recipe.manifest != "none",
+        )
 
     def layer_tensors(self, layer: int) -> list[str]:
         """Every LRM tensor of a decoder layer."""

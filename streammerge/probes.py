@@ -203,7 +203,8 @@ def _inputs_of_l_think(found: Findings, content: dict[str, Any]) -> tuple[Checkp
     if manifest.describe_input(lrm)["files"] != told.get("files"):
         raise InputError(f"reasoning_model: {lrm.path}: its shards have other sizes or headers than those that were "
                          "merged; L_think compares with that very model: put it back")
-    if content.get("calibration") != manifest.calibration_files(recipe):
+    sets = {kind: getattr(recipe.calibration, kind) for kind in ("reasoning", "instruction")}
+    if content.get("calibration") != manifest.calibration_files({kind: path for kind, path in sets.items() if path}):
         raise InputError(f"{where}: the calibration files are not those of the merge: L_think would be another; put "
                          f"{recipe.calibration.reasoning} back as it was")
     tokenizer = load_tokenizer(lrm.path)

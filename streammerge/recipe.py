@@ -140,6 +140,7 @@ class Recipe:
     allow_unchanged: bool = False
     budget: Budget = Budget()
     source: str = setting("<recipe>", hidden=True)  # the file it was read from
+    names: tuple[tuple[str, str], ...] = setting((), hidden=True)  # absolute path -> as the file has it
 
     @property
     def needs_reasoning(self) -> bool:
@@ -187,20 +188,25 @@ def parse_recipe(text: str, source: str, directory: Path | None = None, **overri
 def _with_paths(recipe: Recipe, directory: Path) -> Recipe:
     """Relative paths that exist beside the recipe become absolute; anything else stays as written."""
 
+    names: dict[str, str] = {}
+
+    def absolute(name: str) -> str:
+        found = str(directory.absolute() / os.path.expanduser(name))  # unlike pathlib's, this takes any text
+        names[found] = name
+        return found
+
     def resolve(name: str) -> str:
-        beside = directory.absolute() / os.path.expanduser(name)  # unlike pathlib's, these take any text
-        return str(beside) if name and os.path.exists(beside) else name
+        return absolute(name) if name and os.path.exists(directory / os.path.expanduser(name)) else name
 
     roles = ("base_model", "instruct_model", "reasoning_model")
     models: dict[str, Any] = {key: resolve(getattr(recipe, key)) for key in roles}
     if recipe.capture_cache not in ("", "auto"):  # it need not exist yet
-        models["capture_cache"] = str(directory.absolute() / os.path.expanduser(recipe.capture_cache))
+        models["capture_cache"] = absolute(recipe.capture_cache)
     sets = {key: resolve(getattr(recipe.calibration, key)) for key in ("reasoning", "instruction")}
     models["calibration"] = dataclasses.replace(recipe.calibration, **sets)
     if recipe.budget.scratch_dir:
-        scratch = str(directory.absolute() / os.path.expanduser(recipe.budget.scratch_dir))
-        models["budget"] = dataclasses.replace(recipe.budget, scratch_dir=scratch)
-    return dataclasses.replace(recipe, **models)
+        models["budget"] = dataclasses.replace(recipe.budget, scratch_dir=absolute(recipe.budget.scratch_dir))
+    return dataclasses.replace(recipe, **models, names=tuple(names.items()))
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
@@ -247,10 +253,15 @@ def _contradictions(recipe: Recipe) -> list[str]:
 
 def to_yaml(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML: what the report stores, and what reproduces the run."""
+    return yaml.safe_dump(resolved(recipe), sort_keys=False)
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """`to_yaml` before it is text: every key in its YAML name, values that YAML and JSON know."""
     data = dataclasses.asdict(recipe)
-    data.pop("source")
+    del data["source"], data["names"]
     data["lambda"] = data.pop("lam")
-    return yaml.safe_dump(_plain(data), sort_keys=False)
+    return _plain(data)
 
 
 def _plain(value: Any) -> Any:

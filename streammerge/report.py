@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from . import __version__
 from .memory import format_size
 from .outcome import Composed
+from .output import Output
 from .plan import Plan
-from .recipe import MODULES, to_yaml
+from .recipe import MODULES
 
 if TYPE_CHECKING:
     from .compose import LayerAlpha
@@ -97,15 +96,15 @@ def _mean(values) -> float:
     return sum(values) / len(values)
 
 
-def inputs(plan: Plan) -> dict[str, Any]:
+def inputs(output: Output) -> dict[str, Any]:
     """The recipe as it was resolved, the checkpoints, and the versions and machine that ran."""
     return {
         "streammerge": __version__,
-        "recipe": yaml.safe_load(to_yaml(plan.recipe)),
-        "models": {c.role: str(c.path) for c in (plan.lrm, plan.itm, plan.base)},
+        "recipe": dict(output.recipe),
+        "models": {role: str(checkpoint.path) for role, checkpoint in output.inputs.items()},
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
-        "tensors": {"merged": len(plan.merged), "copied": len(plan.copied)},
+        "tensors": {"merged": len(output.tensors) - len(output.copies), "copied": len(output.copies)},
     }
 
 

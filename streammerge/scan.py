@@ -106,9 +106,10 @@ def tensor_pieces(checkpoint: Checkpoint, name: str) -> Iterator[Piece]:
 
 
 def file_pieces(
-    digest: Digest, tensors: Iterable[TensorInfo] = (), twin: Callable[[str], Checkpoint | Digest | None] | None = None
+    digest: Digest, tensors: Iterable[TensorInfo] = (), twin: Callable[[str], Callable[..., None] | None] | None = None
 ) -> Iterator[Piece]:
-    """A whole file in order, cut at its tensors' borders; `twin` of a tensor's name, or of the file's, holds the same.
+    """A whole file in order, cut at its tensors' borders; `twin` of a tensor's name, or of the file's, is what reads
+    the same: it fills a view from a byte `offset` on.
 
     `tensors` are those of a header that was read without a problem, or none: then the file is plain bytes.
     """
@@ -120,11 +121,7 @@ def file_pieces(
         like = twin(name) if twin else None
         for offset in range(0, size, PIECE):
             nbytes = min(PIECE, size - offset)
-            other = None
-            if isinstance(like, Digest):
-                other = partial(like.read, offset=offset)
-            elif like is not None:
-                other = partial(like.read_into, name, offset=offset)
+            other = partial(like, offset=offset) if like else None
             yield Piece(name, partial(digest.read, offset=start + offset), nbytes, code, other, digest, number)
             number += 1
 

@@ -2,71 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError, StreamMergeError, VerificationError, listed, overflow
 from .io.checkpoint import INDEX, Checkpoint, open_checkpoint
+from .output import Output
 from .plan import Plan, distinct
-from .scan import Digest, dealt, file_pieces, opened, scan, tensor_pieces
+from .scan import dealt, file_pieces, opened, scan, tensor_pieces
 from .threads import usable_cores
 
 
-def verify_output(plan: Plan, out: Path, threads: int | None = None) -> dict[str, Any]:
-    """Reopen the written checkpoint: names, dtypes and shapes as planned, untouched bytes the LRM's, all finite.
+def verify_output(output: Output, out: Path, threads: int | None = None) -> dict[str, Any]:
+    """Reopen the written checkpoint: names, dtypes and shapes as planned, copied bytes their input's, all finite.
 
-    Returns counts, and the size and SHA256 of every file. Raises VerificationError, or InputError where the LRM
+    Returns counts, and the size and SHA256 of every file. Raises VerificationError, or InputError where an input
     itself holds what is wrong, listing everything.
     """
     written = open_checkpoint(out, "output")
-    planned = {t.name: (t.dtype, t.shape) for t in plan.tensors}
+    planned = {t.name: (t.dtype, t.shape) for t in output.tensors}
     found = {t.name: (t.dtype, t.shape) for t in written.tensors.values()}
     problems = [
         f"{name}: written as {found.get(name)}, planned as {planned.get(name)}"
         for name in sorted(planned.keys() | found.keys())
         if planned.get(name) != found.get(name)
     ]
-    files = {} if problems else _look(plan, written, threads or usable_cores(), problems)
+    files = {} if problems else _look(output, written, threads or usable_cores(), problems)
     written.close()
     if problems:
         raise VerificationError(listed(f"{out} is not what was planned:", problems, "Please report this as a bug."))
-    copied = sum(1 for name in found if name not in plan.merged)
+    copied = len(output.copies)
     return {"tensors": len(found), "merged": len(found) - copied, "copied_identical": copied, "files": files}
 
 
-def _look(plan: Plan, written: Checkpoint, threads: int, problems: list[str]) -> dict[str, dict[str, Any]]:
+def _look(output: Output, written: Checkpoint, threads: int, problems: list[str]) -> dict[str, dict[str, Any]]:
     """Read every file of the output once -> {name: its size, and sha256 if wanted}. Adds to `problems`; InputError for
-    an LRM with NaN or infinite values."""
+    inputs with NaN or infinite values."""
     shards: dict[Path, list] = {}
     for info in written.tensors.values():
         shards.setdefault(info.file, []).append(info)
-    sides = {source.name: source for source in plan.lrm.sides}
-    index, hashed = written.path / INDEX, plan.recipe.manifest != "none"
-    others = [written.path / name for name in sides] + ([index] if index.exists() else [])
-    with opened([*shards, *others], hashed) as digests, opened(sides.values()) as sources:
+    copied = {name: source for name, source in output.sides.items() if isinstance(source, Path)}
+    index = written.path / INDEX
+    others = [written.path / name for name in output.sides] + ([index] if index.exists() else [])
+    with opened([*shards, *others], output.hashed) as digests, opened(copied.values()) as opened_sources:
+        sources = {name: opened_sources[source.name] for name, source in copied.items()}
 
-        def twin(name: str) -> Checkpoint | Digest | None:
-            return None if name in plan.merged else plan.lrm if name in plan.lrm.tensors else sources.get(name)
+        def twin(name: str) -> Callable[..., None] | None:
+            if name in output.copies:
+                checkpoint, key = output.copies[name]
+                return partial(checkpoint.read_into, key)
+            return sources[name].read if name in sources else None
 
         for name, source in sources.items():
             if source.error or digests[name].error or digests[name].size != source.size:
                 problems.append(f"{name}: not a byte copy of {source.file}")
+        for name in output.sides.keys() - sources.keys():
+            if (written.path / name).read_bytes() != output.sides[name]:
+                problems.append(f"{name}: holds other bytes than were written")
         if problems:
             return {}
         lanes = (file_pieces(d, shards.get(d.file, ()), twin) for d in digests.values())
         seen = scan(dealt(lanes, threads), threads)
-        files = {name: ({"sha256": d.hexdigest()} if hashed else {}) | {"size": d.size}
+        files = {name: ({"sha256": d.hexdigest()} if output.hashed else {}) | {"size": d.size}
                  for name, d in sorted(digests.items())}  # fmt: skip
-    for name in (n for n in (*written.tensors, *sides) if n in seen.changed):
-        problems.append(f"{name}: not a byte copy of {sides[name]}" if name in sides else
-                        f"{name}: should be the LRM's bytes and is not")  # fmt: skip
-    told = {name: f"{name} has NaN or infinite values" for name in written.tensors if name in seen.infinite}
-    problems += [line for name, line in told.items() if name in plan.merged]
-    inherited = [f"{line} in {plan.lrm.tensors[name].file.name}" for name, line in told.items()
-                 if name not in plan.merged and name not in seen.changed]  # fmt: skip
-    if inherited and not problems:
-        raise InputError(listed(f"reasoning_model: {plan.lrm.path} is damaged:", inherited, "Download it again."))
+    for name in (n for n in (*written.tensors, *sources) if n in seen.changed):
+        source = "{1} of {0.role} {0.path}".format(*output.copies[name]) if name in output.copies else copied[name]
+        problems.append(f"{name}: not a byte copy of {source}")
+    infinite = [name for name in written.tensors if name in seen.infinite]
+    problems += [f"{name} has NaN or infinite values" for name in infinite if name not in output.copies]
+    if not problems:
+        _refuse_damaged(output.copies[name] for name in infinite)
     return files
+
+
+def _refuse_damaged(stored: Iterable[tuple[Checkpoint, str]]) -> None:
+    """InputError for tensors of the inputs, each a checkpoint and a name, that hold NaN or infinite values."""
+    lines: dict[str, list[str]] = {}
+    for checkpoint, name in stored:
+        where = f"{checkpoint.role}: {checkpoint.path} is damaged:"
+        file = checkpoint.tensors[name].file.name
+        lines.setdefault(where, []).append(f"{name} has NaN or infinite values in {file}")
+    if lines:
+        raise InputError("\n".join(listed(where, told, "Download it again.") for where, told in lines.items()))
 
 
 def is_finite(checkpoint: Checkpoint, name: str) -> bool:

@@ -212,8 +212,8 @@ def test_another_unfinished_merge_is_refused_as_the_merge_refuses_it(bench, monk
     if plain:  # one that was saved before its first tensor
         (bench.out / ".streammerge").mkdir(parents=True)
         (bench.out / ".streammerge" / "lock").write_text("4711\nmodel.safetensors.partial\n")
-        journal = Journal(bench.out / ".streammerge",
-                          fingerprint(make_plan(load_recipe(recipe)), {"path": "without calibration"}))  # fmt: skip
+        output = make_plan(load_recipe(recipe)).output
+        journal = Journal(bench.out / ".streammerge", fingerprint(output, {"path": "without calibration"}))
         journal.save({"placed": [], "composed": {}}, time.monotonic())
     else:  # one that was stopped when all was merged and saved
         with monkeypatch.context() as patch:

@@ -52,7 +52,7 @@ def _defaults(cls, prefix="") -> dict[str, object]:
         name = prefix + {"lam": "lambda"}.get(f.name, f.name)
         if dataclasses.is_dataclass(f.default):
             found |= _defaults(type(f.default), name + ".")
-        elif f.name != "source":
+        elif not f.metadata.get("hidden"):
             found[name] = f.default
     return found
 

@@ -84,7 +84,7 @@ def measure(
         _copy_rest(plan, writer)
         writer.finish()
     began = time.perf_counter()
-    verify_output(plan, out)
+    verify_output(plan.output, out)
     verify = time.perf_counter() - began
     meter, told = run.meter, run.composed.values()
     used = peaks(str(device), floor, fresh)

@@ -71,7 +71,7 @@ def _resumes(plan: Plan, out: Path, circumstances: dict[str, Any], restart: bool
     folder = out / STATE
     if restart or read(folder) is None:
         return DROPPED
-    Journal(folder, fingerprint(plan, circumstances)).open(restart=False)  # such a journal is read, no more
+    Journal(folder, fingerprint(plan.output, circumstances)).open(restart=False)  # such a journal is read, no more
     return RESUMED
 
 
