@@ -6,9 +6,10 @@ import json
 import os
 from typing import Any
 
-from . import memory, report
+from . import manifest, memory, report
 from .errors import ResourceError, UnchangedError
 from .io.writer import CheckpointWriter
+from .output import Output
 from .plan import Plan
 
 _LEAST_EFFECT = 1e-2  # a merge that applies less than this share of ‖Δ‖ is the LRM with extra steps
@@ -50,7 +51,13 @@ def peaks(device: str, floor: int, fresh: bool) -> dict[str, Any]:
     }
 
 
-def write_report(writer: CheckpointWriter, result: dict[str, Any]) -> None:
+def conclude(writer: CheckpointWriter, output: Output, result: dict[str, Any]) -> None:
+    """What describes a verified checkpoint, beside it: manifest, checksums, report. `result` is the report."""
+    manifest.write(writer.note, output, result)
+    _write_report(writer, result)
+
+
+def _write_report(writer: CheckpointWriter, result: dict[str, Any]) -> None:
     """The report beside the finished weights; with a kill in between both are the next run's to see to."""
     partial, final = writer.note(report.FILE_NAME + ".partial"), writer.note(report.FILE_NAME)
     try:

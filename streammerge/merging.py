@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import manifest, memory, report
+from . import memory, report
 from .fingerprint import fingerprint
-from .finish import peaks, refuse_certainly_unchanged, refuse_unchanged, write_report
+from .finish import conclude, peaks, refuse_certainly_unchanged, refuse_unchanged
 from .io.claim import STATE, refuse_inside
 from .io.writer import CheckpointWriter
 from .journal import EVERY, Journal, resumed
@@ -92,8 +92,7 @@ def _merge_plain(
                 "seconds": {"total": round(time.perf_counter() - began, 3), "merge": round(merged, 3)},
                 "resumed_at": journal.resumed_at,
             }
-            manifest.write(writer.note, plan.output, result)
-            write_report(writer, result)
+            conclude(writer, plan.output, result)
     return result
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from . import kernels, manifest, memory, quantized, report
+from . import kernels, memory, quantized, report
 from .artifacts import Artifacts
 from .calibration import CalibrationSet, load_calibration
 from .errors import OutOfMemory, RecipeError, ResourceError
 from .estimate import Estimate, predict
 from .fingerprint import fingerprint
-from .finish import peaks, refuse_certainly_unchanged, refuse_unchanged, write_report
+from .finish import conclude, peaks, refuse_certainly_unchanged, refuse_unchanged
 from .forward import StreamedModel
 from .io.checkpoint import TORCH_DTYPES
 from .io.claim import STATE, refuse_inside
@@ -134,8 +134,7 @@ def _merge(
                 "resumed_at": journal.resumed_at,
                 "artifacts": {"reused": kept.reused, "wanted": kept.wanted} if kept else None,
             }
-            manifest.write(writer.note, plan.output, result)
-            write_report(writer, result)
+            conclude(writer, plan.output, result)
     return result
 
 
