@@ -97,12 +97,14 @@ def setting(
     read: Callable[[Any], Any] | None = None,
     name: str | None = None,
     hidden: bool = False,
+    node: Callable[[yaml.Node, str, str, list[str]], Any] | None = None,
 ) -> Any:
     """A field with a range (`above` is exclusive), a reader for its own notation, or a name of its own in YAML.
 
-    `read` takes what YAML gives and raises ValueError whose text says what was wanted. A hidden field is no key.
+    `read` takes what YAML gives and raises ValueError whose text says what was wanted. `node` takes what `build` takes
+    after its class, for values with keys and lines of their own. A hidden field is no key.
     """
-    told = {"above": above, "least": least, "most": most, "read": read, "name": name, "hidden": hidden}
+    told = {"above": above, "least": least, "most": most, "read": read, "name": name, "hidden": hidden, "node": node}
     return field(default=default, metadata=told)
 
 
@@ -148,15 +150,24 @@ def build(cls: type, node: yaml.Node, source: str, prefix: str, problems: list[s
     return None if problems else cls(**values)
 
 
+def construct(node: yaml.Node, where: str, problems: list[str]) -> Any:
+    """A node's plain value; None, and a problem that begins with `where`, if it has none."""
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except Exception as error:  # a tag such as !!timestamp raises whatever its parser trips over
+        problems.append(f"{where}: cannot be read as YAML ({type(error).__name__}: {str(error)[:100]})")
+        return None
+
+
 def _value(hint: Any, f: dataclasses.Field, node: yaml.Node, at: str, key: str, source: str, problems: list[str]):
     """One field's value, checked against its annotation and its range."""
+    if f.metadata.get("node"):
+        return f.metadata["node"](node, source, key, problems)
     if dataclasses.is_dataclass(hint):
         return build(hint, node, source, key + ".", problems)
-    loader = yaml.SafeLoader("")
-    try:
-        raw = loader.construct_object(node, deep=True)
-    except Exception as error:  # a tag such as !!timestamp raises whatever its parser trips over
-        problems.append(f"{at}: {key}: cannot be read as YAML ({type(error).__name__}: {str(error)[:100]})")
+    before = len(problems)
+    raw = construct(node, f"{at}: {key}", problems)
+    if len(problems) > before:
         return None
     try:
         read = f.metadata.get("read")
