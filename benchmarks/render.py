@@ -1,4 +1,4 @@
-"""Write the measured tables into the README, from benchmarks/results: demo, kernels, capture, faults and kills.
+"""Write the measured tables into the README, from benchmarks/results, and draw results/scaling.svg.
 
     python benchmarks/render.py
 
@@ -13,6 +13,8 @@ import json
 import re
 import statistics
 from pathlib import Path
+
+import scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -172,10 +174,12 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, table in (("demo", demo()), ("kernels", kernels()), ("capture", capture()), ("faults", faults()),
-                        ("kills", kills())):
+                        ("kills", kills()), ("sweep", scaling.table(RESULTS))):
         marked = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=marked: new, text, flags=re.DOTALL)
     readme.write_text(text)
+    if scaling.sweep_rows(RESULTS):
+        (RESULTS / "scaling.svg").write_text(scaling.plot(RESULTS))
 
 
 if __name__ == "__main__":
