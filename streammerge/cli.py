@@ -18,6 +18,7 @@ from .environment import unknown
 from .errors import ResourceError, StreamMergeError
 from .flags import parser
 from .memory import tame_allocator
+from .threads import usable_cores
 
 
 def _progress(args: argparse.Namespace):
@@ -127,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # idle OpenMP threads that spin steal the core from those that work: tenfold slower on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if usable_cores() < (os.cpu_count() or 1):  # torch counts the machine's; a container's share may be smaller
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     tame_allocator()
     with suppress(ValueError):  # not the main thread: then its owner hears the signals
         signal.signal(signal.SIGTERM, _terminated)

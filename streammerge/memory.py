@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .container import memory_limit
 from .errors import RecipeError
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ def host_now() -> int:
 
 
 def total(device: str) -> int:
-    """All the memory that the machine has on 'host', or on a CUDA device; 0 where it cannot be told."""
+    """All the memory that there is on 'host' (the machine's, or the container's), or on a CUDA device; 0 where it
+    cannot be told."""
     if device == "host":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit()))
     import torch
 
     return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 0

@@ -6,18 +6,22 @@ none of it: it tells of the progress, and it is where Python raises KeyboardInte
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from threading import Event, Lock, Thread
 from typing import TypeVar
+
+from .container import cpu_limit
 
 Job = TypeVar("Job")
 _POLL = 0.1  # seconds between two reports of progress
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on, and is given the time of."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(there, cpu_limit())))
 
 
 def in_parallel(
