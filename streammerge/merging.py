@@ -80,8 +80,8 @@ def _merge_plain(
             merged = time.perf_counter() - started
             told = _describe(plan, composed, merged)
             refuse_unchanged(plan, told["totals"])
-            for source in plan.lrm.sides:
-                writer.add_file(source.name, source)
+            for name, content in plan.output.sides.items():
+                writer.add_file(name, content)
             writer.finish()
             result = {
                 **report.inputs(plan.output),

@@ -248,8 +248,8 @@ def _copy_rest(plan: Plan, writer: CheckpointWriter) -> None:
     for name in plan.copied:
         if not name.startswith(plan.family.layers + "."):
             writer.copy(name, plan.lrm)
-    for source in plan.lrm.sides:
-        writer.add_file(source.name, source)
+    for name, content in plan.output.sides.items():
+        writer.add_file(name, content)
 
 
 def _describe(run: Run) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from .arch import Family, HeadLayout, family_of, head_layout
 from .errors import InputError, StreamMergeError, listed
-from .io.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from .io.checkpoint import Checkpoint, resolve_model
+from .io.encoded import open_model
 from .io.shards import OutTensor
 from .output import Output
 from .recipe import Recipe, resolved
@@ -73,10 +74,12 @@ class Plan:
             donor=self.lrm,
             tensors=self.tensors,
             copies={name: (self.lrm, name) for name in self.copied},
-            sides={file.name: file for file in self.lrm.sides},
+            sides={file.name: file for file in self.lrm.sides} | dict(self.lrm.rewritten),
             names=dict(recipe.names),
             calibration={kind: path for kind, path in sets.items() if path},
             hashed=recipe.manifest != "none",
+            card=recipe.card,
+            sbom=recipe.sbom,
         )
 
     def layer_tensors(self, layer: int) -> list[str]:
@@ -93,11 +96,9 @@ def distinct(*checkpoints: Checkpoint) -> list[Checkpoint]:
 def make_plan(recipe: Recipe) -> Plan:
     """Open and compare the checkpoints. Raises InputError that lists everything that does not fit."""
     lrm, itm, base = _open_all(recipe)
+    code = _CODES.get(recipe.dtype)
     family, layers = family_of(lrm.config, str(lrm.path / "config.json")), lrm.config["num_hidden_layers"]
     problems = [p for other in distinct(itm, base) for p in _unlike(lrm, other)]
-    for checkpoint in distinct(lrm, itm, base):
-        if "quantization_config" in checkpoint.config:
-            problems.append(f"{checkpoint.role}: {checkpoint.path} is quantized; give the full-precision checkpoint")
     chosen = range(layers) if recipe.layers is None else recipe.layers
     if [i for i in chosen if i >= layers]:
         problems.append(f"layers: {max(chosen)} is asked for; {lrm.path} has {layers} layers, 0 to {layers - 1}")
@@ -111,7 +112,6 @@ def make_plan(recipe: Recipe) -> Plan:
         raise InputError(
             listed("The models do not fit together:", problems, "RAIN needs three checkpoints of one architecture.")
         )
-    code = _CODES.get(recipe.dtype)
     tensors = tuple(
         OutTensor(t.name, (code or t.dtype) if t.name in merged else t.dtype, t.shape) for t in lrm.tensors.values()
     )
@@ -129,7 +129,9 @@ def _open_all(recipe: Recipe) -> list[Checkpoint]:
         if role == "base_model" and recipe.proxy_base:
             continue
         try:
-            opened[role] = open_checkpoint(resolve_model(name, role), role)
+            opened[role] = open_model(resolve_model(name, role), role)
+            if role == "reasoning_model" and opened[role].encoded:
+                opened[role] = opened[role].decoded_to(_CODES.get(recipe.dtype))  # of what is not merged, too
             wrong = _bad_numbers(opened[role])
         except StreamMergeError as error:
             wrong = [str(error)]
@@ -206,7 +208,10 @@ def _unfit(merged: dict[str, Job], lrm: Checkpoint, models: Sequence[Checkpoint]
 
 def _warnings(recipe: Recipe, lrm: Checkpoint, itm: Checkpoint, base: Checkpoint) -> list[str]:
     """Differences that do not stop a merge but that its user should know."""
-    out = []
+    out = [
+        f"{c.role} is quantised ({c.scheme}): {len(c.encoded)} tensors are decoded as they are read, {len(c.spare)} "
+        "auxiliary ones (scales, maps) go into them" for c in distinct(lrm, itm, base) if c.encoded
+    ]  # fmt: skip
     stated = lrm.config.get("dtype") or lrm.config.get("torch_dtype")
     if recipe.dtype != "auto" and stated and stated != recipe.dtype:
         out.append(f"merged tensors are written as {recipe.dtype}, but config.json, a copy of the LRM's, says "

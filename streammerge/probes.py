@@ -7,6 +7,7 @@ one layer of one of them and the activations of the held-out samples. Only gener
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from .calibration import CalibrationSet, load_calibration
 from .errors import InputError, RecipeError, ResourceError
 from .findings import Findings, Problem
 from .forward import Stream, StreamedModel
-from .io.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from .io.checkpoint import Checkpoint, resolve_model
+from .io.encoded import open_model
+from .io.header import strict_json
 from .l_think import think_loss
 from .linalg import full_precision
 from .markers import answered, find_markers, load_tokenizer, render_prompt
@@ -81,7 +84,7 @@ def _check_dtypes(found: Findings, content: dict[str, Any], checkpoint: Checkpoi
     except RecipeError as error:
         found.problems.append(Problem(manifest.FILE_NAME, f"its recipe cannot be read: {error}"))
         return
-    merged, asked = _merged(recipe, checkpoint), _CODES.get(recipe.dtype)
+    merged, asked = (_merged(recipe, checkpoint), _CODES.get(recipe.dtype)) if recipe else (set(), None)
     for name, info in checkpoint.tensors.items():
         if info.dtype not in _FLOATS:
             found.problems.append(Problem(info.file.name, f"is {info.dtype}", "a float tensor", tensor=name))
@@ -92,8 +95,10 @@ def _check_dtypes(found: Findings, content: dict[str, Any], checkpoint: Checkpoi
         found.notes.append(f"{others} tensors are not {stated}, as config.json says; transformers will convert them")
 
 
-def _recipe(found: Findings, content: dict[str, Any]) -> Recipe:
-    """The manifest's recipe, read as strictly as a user's."""
+def _recipe(found: Findings, content: dict[str, Any]) -> Recipe | None:
+    """The manifest's recipe, read as strictly as a user's; None for one of mergekit's."""
+    if content.get("recipe_kind") == "mergekit":
+        return None
     return parse_recipe(yaml.safe_dump(content["recipe"]), str(found.out / manifest.FILE_NAME))
 
 
@@ -194,12 +199,14 @@ def measure_l_think(found: Findings, content: dict[str, Any], checkpoint: Checkp
 def _inputs_of_l_think(found: Findings, content: dict[str, Any]) -> tuple[Checkpoint, CalibrationSet]:
     """The reasoning model and the held-out samples, where they are still what they were."""
     recipe = _recipe(found, content)
-    where = recipe.source
-    if not recipe.calibration.reasoning or not recipe.calibration.holdout:
+    where = found.out / manifest.FILE_NAME
+    if not recipe or not recipe.calibration.reasoning or not recipe.calibration.holdout:
         raise InputError(f"{where}: the merge kept no samples for L_think (calibration.reasoning, calibration.holdout)")
     told = content["inputs"].get("reasoning_model", {})
-    name = told.get("path") or f"{told.get('repo')}@{told.get('revision')}"
-    lrm = open_checkpoint(resolve_model(name, "reasoning_model"), "reasoning_model")
+    models, paths = _places(found.out)
+    recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, **paths))
+    name = f"{told['repo']}@{told.get('revision')}" if "repo" in told else models["reasoning_model"]
+    lrm = open_model(resolve_model(name, "reasoning_model"), "reasoning_model")
     if manifest.describe_input(lrm)["files"] != told.get("files"):
         raise InputError(f"reasoning_model: {lrm.path}: its shards have other sizes or headers than those that were "
                          "merged; L_think compares with that very model: put it back")
@@ -214,6 +221,24 @@ def _inputs_of_l_think(found: Findings, content: dict[str, Any]) -> tuple[Checkp
     if not data.heldout:
         raise InputError(f"{where}: calibration.holdout leaves no sample for L_think")
     return lrm, data
+
+
+def _places(out: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Where the inputs of a merge lay on the machine that made it -> models by role, calibration sets by kind.
+
+    Only the report says so. InputError where it is gone, or says something else.
+    """
+    file = out / manifest.REPORT
+    try:
+        told = strict_json(file.read_bytes())
+        sets = told["recipe"]["calibration"]
+        found = told["models"] | {}, {kind: sets[kind] for kind in ("reasoning", "instruction")}
+        if all(isinstance(path, str) for paths in found for path in paths.values()) and "reasoning_model" in found[0]:
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # the error below says what is wanted
+    raise InputError(f"{file}: cannot be read, or is none of ours: it alone says where the reasoning model and the "
+                     "calibration files lie, which L_think needs: put it back")
 
 
 def _reported(out: Path) -> dict[str, float]:

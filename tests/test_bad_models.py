@@ -106,7 +106,7 @@ def test_config_that_is_no_json_object(bench, content):
 
 def test_quantized(bench):
     bench.edit_config("itm", quantization_config={"quant_method": "gptq", "bits": 4})
-    bench.refused(3, "instruct_model", bench.models["itm"], "quantized")
+    bench.refused(3, "instruct_model", bench.models["itm"], "gptq", "base_model in its card")
 
 
 def test_truncated_shards_are_all_named(bench):

@@ -371,11 +371,12 @@ def test_masses_equal_eager_attention_weights(any_trio):
     embedding, q/k norm, biases, sliding window, head_dim and GQA are all as the model has them."""
     from transformers import AutoModelForCausalLM
 
+    from streammerge.arch import family_of
     from streammerge.attention import AttentionMass
     from streammerge.batches import make_batches
     from streammerge.calibration import Instruction, InstructionSample
     from streammerge.forward import Stream, StreamedModel
-    from streammerge.plan import family_of, open_checkpoint
+    from streammerge.io.checkpoint import open_checkpoint
 
     family, paths = any_trio
     samples = []

@@ -11,17 +11,19 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import InputError, listed
 from . import header
 from .disk import byte_buffer
 from .header import ITEM_BYTES, TensorInfo, read_header, read_json
 from .hub import CODE, OTHER_WEIGHTS, PICKLES, resolve_model
+from .refusals import GGUF
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +76,8 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
     _files: _Files = field(default_factory=_Files, repr=False, compare=False)
+    encoded: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # tensors whose bytes on disk are others (encoded.py)
+    rewritten: ClassVar[Mapping[str, bytes]] = MappingProxyType({})  # side files that the output has otherwise
 
     @cached_property
     def sides(self) -> list[Path]:
@@ -244,6 +248,8 @@ def _find_shards(path: Path, problems: list[str]) -> tuple[dict[str, str] | None
     if found:
         problems.append(f"{INDEX}: is missing, and there is no model.safetensors, only {', '.join(found[:4])}: "
                         "download the index")
+    elif any(n.endswith(".gguf") for n in names):
+        problems.append(f"{next(n for n in names if n.endswith('.gguf'))}: {GGUF}")
     elif pickles:
         problems.append(f"only pickled weights ({', '.join(pickles[:3])}), which can run code when loaded: load the "
                         "model in transformers and save it with save_pretrained(DIR, safe_serialization=True)")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ..errors import InputError
+from .refusals import GGUF
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 OTHER_WEIGHTS = (*PICKLES, ".pkl", ".pickle", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy")
@@ -22,6 +23,8 @@ def resolve_model(name: str, key: str) -> Path:
     if os.path.isdir(local):  # unlike pathlib's, these take any text
         return local
     tried = f"{key}: {name[:200]!r}: "
+    if os.path.exists(local) and name.endswith(".gguf"):
+        raise InputError(tried + GGUF)
     if os.path.exists(local):
         raise InputError(tried + "is a file, wanted the directory with config.json and the .safetensors files")
     repo, _, revision = name.partition("@")

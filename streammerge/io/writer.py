@@ -104,7 +104,7 @@ class CheckpointWriter:
         """Copy a tensor's bytes from a checkpoint, inside the kernel where it can, else through one small buffer."""
         info = source.tensors[name]
         file, offset = self._start(name, info.dtype, info.shape, "cpu")
-        if not self._copy_in_kernel(file, offset, source.descriptor(name), info):
+        if name in source.encoded or not self._copy_in_kernel(file, offset, source.descriptor(name), info):
             for piece in source.chunks(name):
                 self._put(file, piece, offset)
                 offset += len(piece)
