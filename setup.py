@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["streammerge", "streammerge.io", "streammerge.demo", "streammerge.bench", "streammerge.planning",
-              "streammerge.kernels"],
+              "streammerge.mergekit", "streammerge.kernels"],
     package_dir={"streammerge": "streammerge", "streammerge.kernels": "kernels"},
     package_data={
         "streammerge": ["families/*.json", "py.typed"],

@@ -60,7 +60,7 @@ PROFILES = (
 RENDER_SECONDS = 10  # real templates take milliseconds
 _RENDER_BYTES = 1 << 30  # beyond what the process holds already
 _FRAME = 1 << 20  # characters that a template may add to a prompt, and of its own source
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     # For some families AutoTokenizer makes up an empty tokenizer where a directory has no vocabulary at all.
-    if not any((Path(path) / name).is_file() for name in _FILES):
-        raise InputError(f"{path}: no tokenizer here (looked for {', '.join(_FILES)}); the LRM's directory must hold "
-                         "its tokenizer files: copy them from where the checkpoint came from")
+    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{path}: no tokenizer here (looked for {', '.join(TOKENIZER_FILES)}); the LRM's directory "
+                         "must hold its tokenizer files: copy them from where the checkpoint came from")
     side_files(path)  # a tokenizer.json that is a link to somebody's private file is refused before it is read
     with answered(f"{path}: the tokenizer cannot be loaded",
                   "check that its files are complete and need no remote code, which streammerge never runs"):
@@ -275,7 +275,8 @@ def _detected(tokenizer, rendered: str, source: str, where: Path) -> tuple[Profi
 
 def _tokenizer_file(path: Path) -> Path:
     """The file to name in a message: the first that is there."""
-    return next((Path(path) / name for name in _FILES if (Path(path) / name).is_file()), Path(path) / _FILES[0])
+    found = (Path(path) / name for name in TOKENIZER_FILES if (Path(path) / name).is_file())
+    return next(found, Path(path) / TOKENIZER_FILES[0])
 
 
 def _check_spelling(tokenizer, text: str, key: str, where: Path) -> None:

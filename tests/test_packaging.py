@@ -35,7 +35,7 @@ def test_wheel_holds_everything(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"streammerge/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     package = ROOT / "streammerge"
-    patterns = ("*.py", "families/*.json", "py.typed", "io/*.py", "demo/*.py")
+    patterns = ("*.py", "families/*.json", "py.typed", "io/*.py", "demo/*.py", "mergekit/*.py")
     data = [p for pattern in patterns for p in package.glob(pattern)]
     data += [p for p in (package / "demo/data").rglob("*") if p.is_file()]
     wanted |= {str(p.relative_to(ROOT)) for p in data}

@@ -1,0 +1,49 @@
+"""Runs under mergekit's own Python: its planner's answer for each configuration of a JSON list, as JSON on stdout.
+
+For every tensor of the output: the models in order with the tensors that are read, the base, all resolved parameters.
+"""
+
+import json
+import sys
+
+import yaml
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import MergeOptions, _model_out_config
+from mergekit.plan import MergePlanner
+
+
+def plan(text):
+    config = MergeConfiguration.model_validate(yaml.safe_load(text))
+    options = MergeOptions()
+    arch = get_architecture_info(config, options)
+    LoaderCache().setup(options=options)
+    out = _model_out_config(config, arch)
+    planned = {}
+    planner = MergePlanner(config, arch, options=options, out_model_config=out)
+    planner._plan()  # what it plans to memory cannot be made in 0.1.5
+    for weight, task in planner._tensors:
+        gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+        loads = {load.model: load for load in gather.arguments().values()}
+        planned[weight.name] = {
+            "inputs": [[str(m), loads[m]._resolve_name(LoaderCache().get(m))] for m in task.model_order],
+            "base": str(task.base_model) if task.base_model else None,
+            "parameters": dict(task.parameters.items()),
+            "input_parameters": {str(m): dict(p.items()) for m, p in task.input_parameters.items()},
+            "dtype": gather.dtype,
+            "out_dtype": weight.force_dtype or config.out_dtype,
+        }
+    return {"tensors": planned, "layers": out.num_hidden_layers}
+
+
+def attempt(text):
+    try:
+        return plan(text)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    answers = [attempt(text) for text in json.load(sys.stdin)]
+    print("\n" + json.dumps(answers))
