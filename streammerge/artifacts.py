@@ -27,7 +27,8 @@ from .plan import Plan
 # of a fingerprint: what neither follows from, then what only bases do (the markers lay out both sets), then only masses
 _OF_THE_MERGE = ("recipe: lambda", "recipe: instruct_model", "recipe: base_model", "recipe: proxy_base",
                  "recipe: dtype", "recipe: coefficients", "recipe: shard_size", "recipe: merge_method",
-                 "recipe: manifest", "recipe: capture_cache", "instruct_model:", "base_model:")  # fmt: skip
+                 "recipe: sparsify", "recipe: manifest", "recipe: card", "recipe: sbom",
+                 "recipe: capture_cache", "instruct_model:", "base_model:")  # fmt: skip
 _OF_THINKING = ("recipe: thinking.before", "recipe: thinking.inside", "recipe: thinking.after",
                 "recipe: thinking.random", "recipe: thinking.attended_values", "recipe: thinking.min_share",
                 "recipe: basis", "recipe: modules", "recipe: layers", "recipe: seed", "recipe: calibration.holdout",
@@ -42,7 +43,7 @@ class Artifacts:
     def __init__(self, root: Path, plan: Plan, fingerprint: dict[str, Any]):
         rows = {"recipe: coefficients.rows": fingerprint.get("recipe: coefficients.rows")}
         of_lrm = {k: v for k, v in fingerprint.items() if not k.startswith(_OF_THE_MERGE)}
-        bases = {k: v for k, v in of_lrm.items() if not k.startswith(_OF_ASKING)}
+        bases = {k: v for k, v in of_lrm.items() if not k.startswith(_OF_ASKING)} | {"merged": sorted(plan.merged)}
         masses = rows | {k: v for k, v in of_lrm.items() if not k.startswith(_OF_THINKING)}
         self._bases, self._masses = (root / f"{kind}-{_hash(found)}" for kind, found in (
             ("bases", bases), ("masses", masses)))  # fmt: skip

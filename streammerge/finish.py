@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from typing import Any
@@ -11,6 +12,7 @@ from .errors import ResourceError, UnchangedError
 from .io.writer import CheckpointWriter
 from .output import Output
 from .plan import Plan
+from .release.files import release_files
 
 _LEAST_EFFECT = 1e-2  # a merge that applies less than this share of ‖Δ‖ is the LRM with extra steps
 
@@ -24,6 +26,8 @@ def refuse_unchanged(plan: Plan, totals: dict[str, float]) -> None:
     why = f"‖λαΔ⊥‖ is {totals['applied_over_delta']:.2e} of ‖Δ‖ and {totals['changed_elements']} elements changed"
     if not totals["delta_norm"]:
         why = f"instruct_model {plan.itm.path} and base_model {plan.base.path} hold the same weights"
+        if plan.adapter:
+            why = f"B·A is zero in all of the adapter {plan.itm.path}: it was not trained"
     raise UnchangedError(
         f"The merge changed nothing: {why}.\nLook at lambda, coefficients.rule (the literal rule gives α ~ 0) and "
         "basis.rank (a basis of full rank protects everything), or set allow_unchanged: true if you want this."
@@ -32,8 +36,8 @@ def refuse_unchanged(plan: Plan, totals: dict[str, float]) -> None:
 
 def refuse_certainly_unchanged(plan: Plan) -> None:
     """Raises UnchangedError for λ = 0 and for an ITM that is its own base: no weight is needed to see that."""
-    same = plan.itm is plan.base or plan.itm.path.resolve() == plan.base.path.resolve()
-    if same or plan.recipe.lam == 0:
+    same = not plan.adapter and plan.itm.path.resolve() == plan.base.path.resolve()
+    if same or not any(job.lam for job in plan.merged.values()):
         norm = 0.0 if same else 1.0
         refuse_unchanged(plan, {"applied_over_delta": 0.0, "changed_elements": 0, "delta_norm": norm})
 
@@ -52,8 +56,17 @@ def peaks(device: str, floor: int, fresh: bool) -> dict[str, Any]:
 
 
 def conclude(writer: CheckpointWriter, output: Output, result: dict[str, Any]) -> None:
-    """What describes a verified checkpoint, beside it: manifest, checksums, report. `result` is the report."""
-    manifest.write(writer.note, output, result)
+    """What describes a verified checkpoint, beside it: card, recipe, SBOM, manifest, checksums, report.
+
+    `result` is the report, with report.inputs, `verified`, device, compute_dtype and calibration.
+    """
+    content = manifest.describe(output, result)
+    for name, raw in release_files(output, content, result).items():
+        manifest.place(writer.note, name, raw)
+        hashed = {"sha256": hashlib.sha256(raw).hexdigest()} if output.hashed else {}
+        content["files"][name] = hashed | {"size": len(raw)}
+    if output.hashed:
+        manifest.write(writer.note, content)
     _write_report(writer, result)
 
 

@@ -21,31 +21,30 @@ from .io.disk import sync_folder
 from .io.header import JSON_LIMIT, read_json, strict_json
 from .markers import PROFILES
 from .output import Output
+from .release.facts import origin, published, stored_hash
 from .report import FILE_NAME as REPORT
 
 FILE_NAME = "streammerge_manifest.json"
 SUMS = "SHA256SUMS"
 SCHEMA = 1
-_FREE = ("budget", "allow_unchanged", "capture_cache", "manifest")  # recipe keys that the output does not depend on
+# recipe keys that the model does not depend on
+_FREE = ("budget", "allow_unchanged", "capture_cache", "manifest", "card", "sbom")
 _ORIGINS = {"instruct_model", "reasoning_model", "base_model"}  # told under `inputs`, which know a cache from a path
 
 
-def write(note: Callable[[str], Path], output: Output, result: dict[str, Any]) -> None:
+def write(note: Callable[[str], Path], content: dict[str, Any]) -> None:
     """Write both files beside a checkpoint that was verified; ResourceError where the disk refuses.
 
-    `note` gives the path of a name in OUT and sees to its removal on an error; `result` is the report.
+    `note` gives the path of a name in OUT and sees to its removal on an error; `content`: `describe`, with all files.
     """
-    if not output.hashed:
-        return
-    files = result["verified"]["files"]
-    raw = json.dumps(describe(output, result), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
-    _place(note, SUMS, sums(files, raw))
-    _place(note, FILE_NAME, raw)
+    raw = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    place(note, SUMS, sums(content["files"], raw))
+    place(note, FILE_NAME, raw)
 
 
 def describe(output: Output, result: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's content."""
-    recipe = {key: value for key, value in output.recipe.items() if key not in _FREE}
+    """The manifest's content; `result` is the report. No path of this machine is in it."""
+    recipe = {key: value for key, value in published(output).items() if key not in _FREE}
     ids = result["calibration"].get("marker_ids") or added_markers(output.donor.path)
     return {
         "schema": SCHEMA,
@@ -60,6 +59,7 @@ def describe(output: Output, result: dict[str, Any]) -> dict[str, Any]:
         "calibration": calibration_files(output.calibration),
         "inputs": {role: describe_input(checkpoint) for role, checkpoint in output.inputs.items()},
         "recipe": recipe,
+        "recipe_kind": "mergekit" if output.mergekit else "streammerge",
         "recipe_sha256": recipe_hash(recipe),
     }
 
@@ -95,7 +95,8 @@ def added_markers(path: Path) -> dict[str, list[int]]:
 
 
 def describe_input(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where an input came from, and every shard's size and header hash: all of it again would be read for more."""
+    """Where an input came from, and every shard's size and header hash: all of it again would be read for more. The
+    SHA256 that the Hub's cache keeps a shard by is told with it."""
     shards = {}
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
         try:
@@ -107,27 +108,21 @@ def describe_input(checkpoint: Checkpoint) -> dict[str, Any]:
             raise InputError(f"{checkpoint.role}: {file}: was read and can no longer be: {error.strerror}: is "
                              "something else changing the checkpoint?") from error
         hashed = hashlib.sha256(prefix + header).hexdigest()
-        shards[file.name] = {"size": size, "header_sha256": hashed}
+        known = stored_hash(file)
+        shards[file.name] = {"size": size, "header_sha256": hashed} | ({"sha256": known} if known else {})
     return origin(checkpoint.path) | {"files": shards}
 
 
-def calibration_files(sets: Mapping[str, str]) -> dict[str, str]:
-    """{kind: SHA256} of calibration sets by their paths, "" for one that cannot be read."""
+def calibration_files(sets: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """{kind: file name and SHA256} of calibration sets by their paths, "" for one that cannot be read."""
     found = {}
     for kind, path in sets.items():
         try:
-            found[kind] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            hashed = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         except OSError:
-            found[kind] = ""
+            hashed = ""
+        found[kind] = {"name": Path(path).name, "sha256": hashed}
     return found
-
-
-def origin(path: Path) -> dict[str, str]:
-    """A model of the Hub's cache by its id and revision, any other by its path."""
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        repo = path.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return {"repo": repo, "revision": path.name}
-    return {"path": os.path.abspath(path)}
 
 
 def sums(files: dict[str, dict[str, Any]], manifest: bytes) -> bytes:
@@ -142,7 +137,8 @@ def _sum_line(name: str, digest: str) -> str:
     return f"\\{digest}  {name.replace(chr(92), chr(92) * 2)}\n" if "\\" in name else f"{digest}  {name}\n"
 
 
-def _place(note: Callable[[str], Path], name: str, content: bytes) -> None:
+def place(note: Callable[[str], Path], name: str, content: bytes) -> None:
+    """A small file beside a finished checkpoint; ResourceError where the disk refuses."""
     partial, final = note(name + ".partial"), note(name)
     try:
         with partial.open("wb") as stream:

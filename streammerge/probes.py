@@ -26,7 +26,6 @@ from .findings import Findings, Problem
 from .forward import Stream, StreamedModel
 from .io.checkpoint import Checkpoint, resolve_model
 from .io.encoded import open_model
-from .io.header import strict_json
 from .l_think import think_loss
 from .linalg import full_precision
 from .markers import answered, find_markers, load_tokenizer, render_prompt
@@ -230,12 +229,12 @@ def _places(out: Path) -> tuple[dict[str, str], dict[str, str]]:
     """
     file = out / manifest.REPORT
     try:
-        told = strict_json(file.read_bytes())
+        told = json.loads(file.read_bytes())
         sets = told["recipe"]["calibration"]
         found = told["models"] | {}, {kind: sets[kind] for kind in ("reasoning", "instruction")}
         if all(isinstance(path, str) for paths in found for path in paths.values()) and "reasoning_model" in found[0]:
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # the error below says what is wanted
     raise InputError(f"{file}: cannot be read, or is none of ours: it alone says where the reasoning model and the "
                      "calibration files lie, which L_think needs: put it back")

@@ -137,6 +137,8 @@ class Recipe:
     seed: int = setting(0, least=0)
     shard_size: str = setting("5GB", read=size)
     manifest: Literal["sha256", "none"] = "sha256"  # none: `streammerge verify` has nothing to compare with
+    card: bool = True  # README.md in OUT, a model card
+    sbom: bool = True  # streammerge_sbom.cdx.json in OUT; needs the manifest's hashes
     allow_unchanged: bool = False
     budget: Budget = Budget()
     source: str = setting("<recipe>", hidden=True)  # the file it was read from

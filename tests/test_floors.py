@@ -23,7 +23,7 @@ FLOORS = {
     "quantized": 3, "fingerprint": 4, "forward": 4, "capture_cache": 4, "capture": 5, "journal": 5,
     "bases": 6, "compose": 7, "attention": 8, "artifacts": 9, "coefficients": 9, "run": 9,
     "verify": 10, "l_think": 10, "plain": 10, "snapshot": 10, "sweep": 10,
-    "report": 12, "manifest": 12, "finish": 12, "checking": 13, "probes": 13, "pipeline": 13, "merging": 14, "api": 15,
+    "release": 11, "report": 12, "manifest": 12, "finish": 12, "checking": 13, "probes": 13, "pipeline": 13, "merging": 14, "api": 15,
     "demo": 14, "bench": 14, "planning": 14, "cli": 16, "flags": 14,
 }  # fmt: skip
 KERNEL_IMPORTS = {"torch", "triton", "__future__", "importlib", "collections", "math", "os", "functools", "dataclasses"}

@@ -23,6 +23,7 @@ from streammerge.cli import main
 from streammerge.errors import InputError
 
 INDEX, MANIFEST, SUMS = "model.safetensors.index.json", "streammerge_manifest.json", "SHA256SUMS"
+REPORT = "streammerge_report.json"
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -140,9 +141,10 @@ def test_the_manifest_tells_where_the_output_came_from(merged, trio, sets):
     assert told["markers"] == {"<think>": [305], "</think>": [306]}
     assert told["recipe"]["lambda"] == 1.0 and told["device"] == "cpu"
     assert told["unhashed"] == ["streammerge_report.json"]
-    assert told["calibration"]["reasoning"] == hashlib.sha256(sets["reasoning"].read_bytes()).hexdigest()
+    digest = hashlib.sha256(sets["reasoning"].read_bytes()).hexdigest()
+    assert told["calibration"]["reasoning"] == {"name": sets["reasoning"].name, "sha256": digest}
     lrm = told["inputs"]["reasoning_model"]
-    assert lrm["path"] == str(trio["lrm"])
+    assert lrm["name"] == trio["lrm"].name and "path" not in lrm
     assert lrm["files"].keys() == {f.name for f in trio["lrm"].glob("*.safetensors")}
     name, entry = next(iter(lrm["files"].items()))
     raw = (trio["lrm"] / name).read_bytes()
@@ -150,6 +152,8 @@ def test_the_manifest_tells_where_the_output_came_from(merged, trio, sets):
     assert entry["header_sha256"] == hashlib.sha256(raw[: 8 + int.from_bytes(raw[:8], "little")]).hexdigest()
     cached = Path("/c/models--org--a-model/snapshots/0123abcd")
     assert manifest.origin(cached) == {"repo": "org/a-model", "revision": "0123abcd"}
+    for told in (told["inputs"], told["recipe"], told["calibration"]):
+        assert str(trio["lrm"].parent) not in json.dumps(told)
 
 
 def test_a_download_through_the_hub_cache(out, tmp_path, verify):
@@ -161,9 +165,9 @@ def test_a_download_through_the_hub_cache(out, tmp_path, verify):
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)
     (snapshot / ".gitattributes").write_text("x")
-    (snapshot / "README.md").write_text("A card.")
+    (snapshot / "LICENSE.md").write_text("A text.")
     code, _, log = verify(snapshot)
-    assert code == 0 and "note: README.md is not part of the merge" in log and "gitattributes" not in log
+    assert code == 0 and "note: LICENSE.md is not part of the merge" in log and "gitattributes" not in log
 
 
 # ---- one byte
@@ -172,6 +176,7 @@ def test_a_download_through_the_hub_cache(out, tmp_path, verify):
 @pytest.mark.parametrize("name, at", [
     ("shard", -1), ("shard", -4000), ("shard", 3), ("shard", 40), (INDEX, 100), (INDEX, -2), ("config.json", 50),
     ("generation_config.json", 5), ("tokenizer.json", 900), ("tokenizer_config.json", 20), ("chat_template.jinja", 12),
+    ("README.md", 5), ("README.md", -1), ("streammerge_config.yml", 70), ("streammerge_sbom.cdx.json", -3),
     (SUMS, 10), (SUMS, 70), (SUMS, -1), (MANIFEST, 0), (MANIFEST, 30), (MANIFEST, -40),
 ])  # fmt: skip
 def test_a_flipped_byte_is_found_and_named(out, verify, name, at):
@@ -240,7 +245,7 @@ def test_quick_reads_no_weights_and_still_sees_a_cut(out, verify):
     code, told, _ = verify(out, "--quick", "--json")
     found = json.loads(told)
     assert code == 0 and found["nbytes"] == sum(
-        f.stat().st_size for f in out.iterdir() if f.suffix in (".json", ".jinja") and "streammerge" not in f.name
+        f.stat().st_size for f in out.iterdir() if f.suffix != ".safetensors" and f.name not in (MANIFEST, SUMS, REPORT)
     )
     os.truncate(shard, shard.stat().st_size - 1)
     assert verify(out, "--quick")[0] == 5
