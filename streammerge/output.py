@@ -39,3 +39,8 @@ class Output:
     hashed: bool = True  # manifest, SHA256SUMS and what is made of hashes
     card: bool = True
     sbom: bool = True
+
+    @property
+    def decoded(self) -> list[str]:
+        """Those of `copies` that are quantised in their input: values, not bytes, are the input's."""
+        return [name for name, (checkpoint, key) in self.copies.items() if key in checkpoint.encoded]

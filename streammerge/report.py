@@ -104,7 +104,11 @@ def inputs(output: Output) -> dict[str, Any]:
         "models": {role: str(checkpoint.path) for role, checkpoint in output.inputs.items()},
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
-        "tensors": {"merged": len(output.tensors) - len(output.copies), "copied": len(output.copies)},
+        "tensors": {
+            "merged": len(output.tensors) - len(output.copies),
+            "copied": len(output.copies) - len(output.decoded),
+        }
+        | ({"decoded": len(output.decoded)} if output.decoded else {}),
     }
 
 

@@ -33,8 +33,9 @@ def verify_output(output: Output, out: Path, threads: int | None = None) -> dict
     written.close()
     if problems:
         raise VerificationError(listed(f"{out} is not what was planned:", problems, "Please report this as a bug."))
-    copied = len(output.copies)
-    return {"tensors": len(found), "merged": len(found) - copied, "copied_identical": copied, "files": files}
+    copied, decoded = len(output.copies), len(output.decoded)
+    return {"tensors": len(found), "merged": len(found) - copied, "copied_identical": copied - decoded,
+            **({"decoded": decoded} if decoded else {}), "files": files}  # fmt: skip
 
 
 def _look(output: Output, written: Checkpoint, threads: int, problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -98,11 +99,9 @@ def non_finite_everywhere(plan: Plan, otherwise: StreamMergeError | None = None)
 
     `otherwise`: the error for the case that every stored weight is finite.
     """
-    weights = [
-        (checkpoint, name)
-        for checkpoint in distinct(plan.lrm, plan.itm, plan.base)
-        for name in (checkpoint.tensors if checkpoint is plan.lrm else plan.merged)
-    ]
+    read = [source for name in plan.merged for source in plan.sources(name)]
+    weights = [(plan.lrm, name) for name in plan.lrm.tensors]
+    weights += [(c, name) for other in distinct(plan.itm, plan.base) for c, name in read if c is other is not plan.lrm]
     infinite = scan(piece for weight in weights for piece in tensor_pieces(*weight)).infinite
     problems = [f"{c.role}: {name} in {c.tensors[name].file}" for c, name in weights if (c.role, name) in infinite]
     if not problems:

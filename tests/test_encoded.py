@@ -20,6 +20,7 @@ from streammerge.errors import InputError
 from streammerge.io.encoded import open_model
 from streammerge.io.packed import e4m3
 from streammerge.merging import merge
+from streammerge.planning.run import plan_merge
 
 FORMS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -297,12 +298,16 @@ def mixed(full, forms, tmp_path_factory):
 def test_a_merge_is_that_of_the_dequantised_models(mixed, sets, tmp_path, one_thread, calibrated):
     """Without data and with layers; what the merge leaves alone is decoded, nothing is left quantised, and transformers
     loads it."""
+    plain = recipe_text(mixed[0], None, merge_method="task_arithmetic", layers="0-1")
+    plan = plan_merge(parse_recipe(plain, "r.yml"))
+    assert [t["action"] for t in plan["per_tensor"].values()].count("decoded") == 7
     outs, more = [], {} if calibrated else {"merge_method": "task_arithmetic"}
     for n, paths in enumerate(mixed):
         text = recipe_text(paths, sets if calibrated else None, layers="0-1", **more)
         report = merge(parse_recipe(text, "r.yml"), tmp_path / str(n))
         outs.append(weights(tmp_path / str(n)))
         assert (len([w for w in report["warnings"] if "is quantised (" in w]) == 3) == (n == 0)
+        assert report["verified"].get("decoded") == report["tensors"].get("decoded") == (7 if n == 0 else None)
     assert outs[0].keys() == outs[1].keys() and not any("absmax" in name for name in outs[0])
     assert all(same_bits(outs[0][name], outs[1][name]) for name in outs[0])
     whole = by_bitsandbytes(mixed[0]["lrm"])

@@ -53,7 +53,8 @@ def per_tensor(plan: Plan, treated: dict[str, dict[str, Any]]) -> dict[str, dict
     found = {}
     for tensor in plan.tensors:
         job, info = plan.merged.get(tensor.name), plan.lrm.tensors[tensor.name]
-        facts = {"action": "merged" if job else "copied", "shape": list(tensor.shape), "dtype": info.dtype,
+        alone = "decoded" if tensor.name in plan.lrm.encoded else "copied"
+        facts = {"action": "merged" if job else alone, "shape": list(tensor.shape), "dtype": info.dtype,
                  "written_as": tensor.dtype, "bytes": tensor_bytes(tensor.dtype, tensor.shape)}  # fmt: skip
         if job:
             facts |= {"layer": job.layer, "module": job.module, **treated[job.module]}
