@@ -1,0 +1,203 @@
+"""Runs a TensorPlan: every tensor of the output by its method, from streams of its inputs, in place in its shard.
+
+Bytes that are only copied go first. Then the tensors, largest first: a large one is shared out by chunks over all
+threads, small ones go one to a thread. Each thread computes with one OpenMP thread: more of them on small chunks stand
+in each other's way. Results do not depend on the number of threads.
+
+Memory: a few chunks a thread, and the counters of thresholds (methods/select.py), whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from .errors import InputError, ResourceError, listed
+from .io.checkpoint import Checkpoint
+from .io.header import ITEM_BYTES
+from .io.writer import CheckpointWriter
+from .jobs import TensorJob, TensorPlan
+from .journal import Journal
+from .memory import format_size
+from .methods import METHODS
+from .progress import Progress
+from .stream import CHUNK, FLOATS, Buffers, Merge, common_dtype
+from .threads import in_parallel
+
+_LARGE = 16  # chunks a thread from which on a tensor is shared out over all threads
+_COPY = 1 << 20  # bytes that are copied at a time
+
+
+class _Piece(NamedTuple):
+    """Bytes of a tensor that is only copied: `count` from `start` on."""
+
+    name: str
+    source: Checkpoint
+    key: str
+    start: int
+    count: int
+
+
+def check_jobs(plan: TensorPlan) -> None:
+    """InputError that lists every job which cannot run: an unknown method, a dtype that nothing computes in, inputs of
+    other shapes than the output."""
+    problems = []
+    copies = plan.output.copies
+    for job in plan.jobs:
+        inputs = [*job.sources, *([job.base] if job.base else [])]
+        shapes = {s.checkpoint.tensors[s.key].shape for s in inputs if s.rows is None}
+        name = job.out.name
+        if job.method not in METHODS:
+            problems.append(f"{name}: unknown method {job.method!r}, known are {', '.join(METHODS)}")
+        elif shapes - {tuple(job.out.shape)}:
+            problems.append(f"{name}: its inputs have the shapes {sorted(shapes)}, the output {job.out.shape}")
+        elif name not in copies and (common_dtype(job) not in FLOATS or job.out.dtype not in FLOATS):
+            problems.append(f"{name}: {common_dtype(job)} is no dtype that can be merged (to {job.out.dtype}): "
+                            f"wanted {', '.join(FLOATS)}")
+    if problems:
+        raise InputError(listed(f"{plan.source}: these tensors cannot be merged:", problems))
+
+
+def thread_bytes(plan: TensorPlan) -> int:
+    """Upper bound of what one thread holds: buffers of every input and the output, fp32 arrays of a formula (fp64 for
+    fp64), and counters."""
+    most = 0
+    for job in plan.jobs:
+        inputs = [*job.sources, *([job.base] if job.base else [])]
+        rows = math.prod(job.out.shape[1:]) if len(job.out.shape) > 1 else 0
+        chunk = max(_largest_chunk(job.method), rows)
+        stored = sum(ITEM_BYTES[s.checkpoint.tensors[s.key].dtype] for s in inputs) + ITEM_BYTES[job.out.dtype]
+        most = max(most, chunk * (stored + 4 * (3 * len(inputs) + 6)) + _counters(job))
+    return most
+
+
+def _largest_chunk(method: str) -> int:
+    return 1 << 20 if method == "slerp" else CHUNK
+
+
+def _counters(job: TensorJob) -> int:
+    thresholds = {"ties": 1, "breadcrumbs": 2, "breadcrumbs_ties": 2}.get(job.method, 0) * len(job.sources)
+    return (8 << 20) * (thresholds or (job.method == "sce"))
+
+
+def fit_threads(plan: TensorPlan, threads: int, limit: float) -> int:
+    """At most `threads`, fewer where `limit` bytes ask for it. ResourceError where not even one fits."""
+    one = thread_bytes(plan)
+    if one > limit:
+        raise ResourceError(f"The merge does not fit the memory budget: one thread's buffers take {format_size(one)}, "
+                            f"{format_size(limit)} given. Raise the budget")
+    return int(max(1, min(threads, limit // max(1, one))))
+
+
+def merge_tensors(
+    plan: TensorPlan,
+    writer: CheckpointWriter,
+    progress: Progress,
+    threads: int,
+    journal: Journal | None = None,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+) -> None:
+    """Write every tensor of the plan.
+
+    `device`: where formulas are computed; chunks go there and back. `seed`: of the methods that drop at random.
+    `journal`: what an earlier run has done is left alone, and what this one has done is saved now and then. Raises
+    InputError for weights that are not finite, and what the reader and the writer raise.
+    """
+    check_jobs(plan)
+    placed = set(journal.state["placed"]) if journal and journal.state else set()
+    left = [job for job in plan.jobs if job.out.name not in placed]
+    copies = plan.output.copies
+    sizes = {job.out.name: math.prod(job.out.shape) * ITEM_BYTES[job.out.dtype] for job in plan.jobs}
+    todo = sum(sizes[job.out.name] for job in left)
+    for job in left:
+        writer.begin(job.out.name, job.out.dtype, job.out.shape)
+    progress.start("merge", sum(sizes.values()))
+    progress.advance(sum(sizes.values()) - todo)
+
+    def tick(nbytes: int) -> None:
+        nonlocal todo
+        todo -= nbytes
+        progress.advance(nbytes, nbytes=nbytes)
+        if journal and todo and journal.due():
+            _save(journal, plan, writer)
+
+    buffers = Buffers()
+
+    def run(job: TensorJob, count: int, heard: Callable[[int], None]) -> int:
+        merge = Merge(job, writer, buffers, threads=count, device=device, seed=seed, tick=heard)
+        METHODS[job.method].run(merge, **arguments(job))
+        return sizes[job.out.name]
+
+    computed = [j for j in left if j.out.name not in copies and sizes[j.out.name]]
+    computed.sort(key=lambda job: -math.prod(job.out.shape))
+    large = [j for j in computed if threads > 1 and math.prod(j.out.shape) >= _LARGE * CHUNK * threads]
+    pieces = _pieces({job.out.name: copies[job.out.name] for job in left if job.out.name in copies})
+    try:
+        with _one_openmp_thread():
+            in_parallel(pieces, lambda: lambda piece: _copy(piece, writer, buffers), threads, tick)
+            for job in large:
+                run(job, threads, tick)
+            in_parallel(computed[len(large) :], lambda: lambda job: run(job, 1, _nobody), threads, tick)
+    finally:
+        progress.stop()
+
+
+def arguments(job: TensorJob) -> dict[str, Any]:
+    """A job's parameters as keywords of its method, defaults filled in."""
+    spec = METHODS[job.method]
+    found = {key: job.parameters.get(key, told.default) for key, told in spec.parameters.items()}
+    for key, told in spec.model_parameters.items():
+        found[key] = [source.parameters.get(key, told.default) for source in job.sources]
+    return {key + "_" * keyword.iskeyword(key): value for key, value in found.items()}
+
+
+def _nobody(nbytes: int) -> None:
+    """Who hears of the chunks of a small tensor: its bytes are told when it is done."""
+
+
+def _save(journal: Journal, plan: TensorPlan, writer: CheckpointWriter) -> None:
+    """Make what is written durable, and note it."""
+    began, placed = time.monotonic(), writer.placed()
+    writer.flush()
+    writer.keep()
+    journal.save({"placed": placed, "label": f"merge: {len(placed)} of {len(plan.jobs)} tensors"}, began)
+
+
+def _pieces(copies: dict[str, tuple[Checkpoint, str]]) -> Iterator[_Piece]:
+    for name, (source, key) in copies.items():
+        size = source.tensors[key].nbytes
+        yield from (_Piece(name, source, key, at, min(_COPY, size - at)) for at in range(0, size, _COPY))
+
+
+def _copy(piece: _Piece, writer: CheckpointWriter, buffers: Buffers) -> int:
+    with buffers.lend([piece.count]) as (raw,):
+        piece.source.read_into(piece.key, raw, piece.start)
+        writer.put(piece.name, raw, piece.start)
+    return piece.count
+
+
+@contextmanager
+def _one_openmp_thread() -> Iterator[None]:
+    """torch computes with one thread in each of ours; what it had is given back."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def methods_of(jobs: Sequence[TensorJob]) -> dict[str, int]:
+    """{method: how many tensors it makes}."""
+    found: dict[str, int] = {}
+    for job in jobs:
+        found[job.method] = found.get(job.method, 0) + 1
+    return found
