@@ -20,7 +20,7 @@ Mode = Literal["auto", "quiet", "json"]
 
 @dataclass(frozen=True)
 class Step:
-    """How far the present stage of a merge is: `done` of `total` work units (bytes of a plain merge, layer passes of a
+    """How far the present stage of a merge is: `done` of `total` work units (bytes of a plain merge, token-layers of a
     sweep), tokens and bytes that it moved, seconds since it began and, once anything is done, seconds to its end."""
 
     stage: str
