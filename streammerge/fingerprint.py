@@ -64,7 +64,8 @@ def _of_checkpoint(role: str, checkpoint: Checkpoint) -> dict[str, Any]:
     for file, seen in headers.items():
         stat = file.stat()
         found[f"{role}: {file.name}"] = [seen.hexdigest()[:16], stat.st_size, stat.st_mtime_ns]
-    found[f"{role}: config.json"] = _hash(checkpoint.path / "config.json")
+    name = checkpoint.config_name
+    found[f"{role}: {name}"] = _hash(checkpoint.path / name)
     return found
 
 

@@ -72,6 +72,25 @@ def _values(raw: Any, convert: Callable[[Any], Any] | None) -> Scalar | tuple[Sc
     return tuple(raw) if isinstance(raw, list) else raw
 
 
+def read_numbers(raw: Any, wanted: str, above: float, most: float = 1e300) -> Setting:
+    """`read_setting` for a number of one's own recipes: in a range, never true or false, and no list is empty. A number
+    alone becomes a float. Raises ValueError with `wanted`."""
+
+    def number(value: Any) -> float:
+        with contextlib.suppress(ValueError):
+            found = to_float(value)
+            if above < found <= most and not isinstance(value, bool):
+                return found
+        raise ValueError(wanted)
+
+    if not isinstance(raw, (list, dict)):
+        return number(raw)
+    found = read_setting(raw, number)
+    if not found or any(isinstance(item, Choice) and item.value == () for item in found):
+        raise ValueError(f"{wanted}, or a list that is not empty")
+    return found
+
+
 def resolve(setting: Setting, name: str, t: float, convert: Callable[[Any], Any] = lambda value: value) -> Any:
     """The setting's value for a tensor, through `convert` (to_float, to_int…); None where it has none.
 
@@ -109,6 +128,17 @@ def written(setting: Setting) -> Any:
         else item
         for item in setting
     ]
+
+
+def shown(setting: Any) -> str:
+    """A setting as YAML has it, in short: '0.5', '0 to 1 by layer', 'mlp: 0.5; *: 0 to 1 by layer'."""
+    if isinstance(setting, dict):
+        return f"{'*' if setting.get('filter') is None else setting['filter']}: {shown(setting['value'])}"
+    if not isinstance(setting, list):
+        return str(setting)
+    if any(isinstance(item, dict) for item in setting):
+        return "; ".join(map(shown, setting))
+    return " to ".join(map(str, setting)) + " by layer"
 
 
 def place(layer: int, layers: int) -> float:

@@ -25,3 +25,4 @@ class Composed:
     energy: float  # the lowest share of ‖H‖² that a block's basis holds
     rows: int  # feature rows behind the basis
     finite: bool
+    dense: float | None = None  # ‖Δ‖ before it was sparsified; then the norms above are of S(Δ)

@@ -39,9 +39,11 @@ _ROW = 8192  # elements of a dot product: long enough to be fast, too short for 
 
 
 def is_plain(recipe: Recipe) -> bool:
-    """No sample passes through a layer: neither for bases, nor for coefficients, nor to measure L_think; and α is 1."""
+    """No sample passes through a layer: neither for bases, nor for coefficients, nor to measure L_think; α is 1, and
+    Δ the difference of two stored weights."""
     samples = recipe.calibration.reasoning or recipe.needs_reasoning or recipe.needs_instruction
-    return not samples and recipe.coefficients.value == 1
+    chunkwise = recipe.sparsify.method == "none" and not recipe.adapts  # Δ of an element is its own
+    return not samples and recipe.coefficients.value == 1 and chunkwise
 
 
 class _Chunk(NamedTuple):
@@ -195,7 +197,7 @@ class _Worker:
         squares = _squares(delta), _squares(lrm)
         if None in squares:
             raise _NotFinite(name)
-        task_arithmetic(lrm, delta, self._plan.recipe.lam)
+        task_arithmetic(lrm, delta, self._plan.merged[name].lam)
         encode(delta, code, stored[3], other.view(np.float32)[: len(other)])
         if not all_finite(stored[3], code):
             raise _NotFinite(name)
@@ -237,7 +239,7 @@ def _composed(plan: Plan, name: str, chunks: list[_Told]) -> Composed:
     return Composed(
         delta=delta,
         kept=delta,
-        applied=abs(plan.recipe.lam) * delta,
+        applied=abs(plan.merged[name].lam) * delta,
         weight=math.fsum(c.weight for c in chunks) ** 0.5,
         inside=0.0,
         leak=0.0,

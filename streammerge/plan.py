@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .adapter import Adapter, is_adapter, open_adapter
 from .arch import Family, HeadLayout, family_of, head_layout
 from .errors import InputError, StreamMergeError, listed
 from .io.checkpoint import Checkpoint, resolve_model
@@ -17,6 +18,7 @@ from .io.encoded import open_model
 from .io.shards import OutTensor
 from .output import Output
 from .recipe import Recipe, resolved
+from .strengths import Job, jobs_of, live, misplaced, untouched
 
 _SAME = (
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
@@ -28,16 +30,9 @@ _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One tensor that is merged: which module of which decoder layer it is."""
-
-    layer: int
-    module: str
-
-
-@dataclass(frozen=True)
 class Plan:
-    """A checked merge. `base` is the LRM's own checkpoint where the recipe says proxy_base."""
+    """A checked merge. `base` is the LRM's own checkpoint where the recipe says proxy_base, and the ITM itself where
+    that is an adapter, whose Δ needs none."""
 
     recipe: Recipe
     lrm: Checkpoint
@@ -49,6 +44,18 @@ class Plan:
     merged: dict[str, Job]
     tensors: tuple[OutTensor, ...]  # the whole output, in the LRM's order of names
     warnings: tuple[str, ...]
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The ITM, if it is an adapter."""
+        return self.itm if isinstance(self.itm, Adapter) else None
+
+    def sources(self, name: str) -> list[tuple[Checkpoint, str]]:
+        """What is read for a merged tensor besides the LRM's own: the ITM's and the base's, or an adapter's A and B."""
+        if self.adapter:
+            found = self.adapter.factors[name.removesuffix(".weight")]
+            return [(self.itm, found.a), (self.itm, found.b)]
+        return [(self.itm, name), (self.base, name)]
 
     @property
     def copied(self) -> list[str]:
@@ -98,13 +105,19 @@ def make_plan(recipe: Recipe) -> Plan:
     lrm, itm, base = _open_all(recipe)
     code = _CODES.get(recipe.dtype)
     family, layers = family_of(lrm.config, str(lrm.path / "config.json")), lrm.config["num_hidden_layers"]
-    problems = [p for other in distinct(itm, base) for p in _unlike(lrm, other)]
+    models = [c for c in distinct(lrm, itm, base) if not isinstance(c, Adapter)]
+    problems = [p for other in models if other is not lrm for p in _unlike(lrm, other)]
     chosen = range(layers) if recipe.layers is None else recipe.layers
     if [i for i in chosen if i >= layers]:
         problems.append(f"layers: {max(chosen)} is asked for; {lrm.path} has {layers} layers, 0 to {layers - 1}")
-    merged = {family.weight(i, m): Job(i, m) for i in chosen if i < layers for m in recipe.modules}
+    jobs = jobs_of(recipe, family, [i for i in chosen if i < layers], layers)
     if not problems:
-        problems = _unfit(merged, lrm, (lrm, itm, base))
+        problems = _unfit(jobs, lrm, models)
+    if isinstance(itm, Adapter):
+        problems += misplaced(itm, lrm, family, layers)
+    merged = live(jobs, itm)
+    if not merged and not problems:
+        problems.append(f"instruct_model: the adapter {itm.path} adapts none of the modules and layers that are merged")
     for needed in (family.embedding, family.norm):
         if needed not in lrm.tensors:
             problems.append(f"reasoning_model: {lrm.path} has no tensor {needed}")
@@ -116,7 +129,7 @@ def make_plan(recipe: Recipe) -> Plan:
         OutTensor(t.name, (code or t.dtype) if t.name in merged else t.dtype, t.shape) for t in lrm.tensors.values()
     )
     layout = head_layout(lrm.config)
-    warnings = tuple(_warnings(recipe, lrm, itm, base))
+    warnings = (*_warnings(recipe, lrm, models), *untouched(recipe, jobs, merged, itm))
     return Plan(recipe, lrm, itm, base, family, layout, layers, merged, tensors, warnings)
 
 
@@ -126,10 +139,18 @@ def _open_all(recipe: Recipe) -> list[Checkpoint]:
     names["base_model"] = recipe.base_model
     opened, problems = {}, []
     for role, name in names.items():
-        if role == "base_model" and recipe.proxy_base:
+        adapter = isinstance(opened.get("instruct_model"), Adapter)
+        if role == "base_model" and (recipe.proxy_base or adapter):
             continue
         try:
-            opened[role] = open_model(resolve_model(name, role), role)
+            path = resolve_model(name, role)
+            if role == "instruct_model" and is_adapter(path):
+                opened[role] = open_adapter(path, role)
+                if not recipe.adapts:
+                    problems.append(f"instruct_model: {path} is an adapter, whose task vector needs no base: drop "
+                                    "base_model and proxy_base")
+                continue
+            opened[role] = open_model(path, role)
             if role == "reasoning_model" and opened[role].encoded:
                 opened[role] = opened[role].decoded_to(_CODES.get(recipe.dtype))  # of what is not merged, too
             wrong = _bad_numbers(opened[role])
@@ -144,7 +165,8 @@ def _open_all(recipe: Recipe) -> list[Checkpoint]:
         raise InputError(problems[0])
     if problems:
         raise InputError(listed("The inputs cannot be used:", map(_indented, problems)))
-    return [opened.get(role, opened["reasoning_model"]) for role in names]
+    lrm, itm = opened["reasoning_model"], opened["instruct_model"]
+    return [lrm, itm, opened.get("base_model", itm if isinstance(itm, Adapter) else lrm)]
 
 
 def _indented(problem: str, most: int = 9) -> str:
@@ -206,17 +228,17 @@ def _unfit(merged: dict[str, Job], lrm: Checkpoint, models: Sequence[Checkpoint]
     return problems
 
 
-def _warnings(recipe: Recipe, lrm: Checkpoint, itm: Checkpoint, base: Checkpoint) -> list[str]:
+def _warnings(recipe: Recipe, lrm: Checkpoint, models: Sequence[Checkpoint]) -> list[str]:
     """Differences that do not stop a merge but that its user should know."""
     out = [
         f"{c.role} is quantised ({c.scheme}): {len(c.encoded)} tensors are decoded as they are read, {len(c.spare)} "
-        "auxiliary ones (scales, maps) go into them" for c in distinct(lrm, itm, base) if c.encoded
+        "auxiliary ones (scales, maps) go into them" for c in models if c.encoded
     ]  # fmt: skip
     stated = lrm.config.get("dtype") or lrm.config.get("torch_dtype")
     if recipe.dtype != "auto" and stated and stated != recipe.dtype:
         out.append(f"merged tensors are written as {recipe.dtype}, but config.json, a copy of the LRM's, says "
                    f"{stated}: transformers will load them as {stated} unless it is told otherwise")
-    for other in distinct(itm, base):
+    for other in (c for c in models if c is not lrm):
         for key in _TOLD:
             mine, theirs = lrm.config.get(key), other.config.get(key)
             if mine != theirs:

@@ -11,12 +11,15 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from .adapter import names_adapter
 from .errors import RecipeError, listed
+from .gradient import Setting, read_numbers
 from .memory import parse_size
 from .strict import TEXT_LIMIT, build, compose, read_limited, setting
 
@@ -104,6 +107,16 @@ class Coefficients:
 
 
 @dataclass(frozen=True)
+class Sparsify:
+    """Most elements of the task vector set to zero, before it is scaled and projected (sparsify.py). `density`: the
+    share of each tensor's elements that stays, in the notation of λ. `rescale`: dare divides them by the density."""
+
+    method: Literal["none", "magnitude", "dare"] = "none"
+    density: Setting = setting(0.2, read=partial(read_numbers, wanted="a number above 0, at most 1", above=0.0, most=1.0))
+    rescale: bool = True
+
+
+@dataclass(frozen=True)
 class Budget:
     """Memory limits that size the token batches. `auto`: nine tenths of what the machine has in all."""
 
@@ -123,7 +136,8 @@ class Recipe:
     reasoning_model: str
     base_model: str = ""
     proxy_base: bool = False  # no published base: the LRM stands in for it, Δ = θ_I − θ_R
-    lam: float = setting(1.0, name="lambda")
+    lam: Setting = setting(1.0, read=partial(read_numbers, wanted="a finite number", above=-1e300), name="lambda")
+    sparsify: Sparsify = Sparsify()
     modules: tuple[str, ...] = MODULES
     layers: tuple[int, ...] | None = setting(None, read=layer_indices)  # None: all decoder layers
     calibration: Calibration = Calibration()
@@ -153,6 +167,11 @@ class Recipe:
     def needs_instruction(self) -> bool:
         """Stage 2 runs: coefficients come from attention."""
         return self.merge_method == "rain" and self.coefficients.rule != "uniform"
+
+    @property
+    def adapts(self) -> bool:
+        """instruct_model is an adapter, which needs no base."""
+        return not self.base_model and not self.proxy_base
 
     @property
     def surveys(self) -> bool:
@@ -214,11 +233,17 @@ def _with_paths(recipe: Recipe, directory: Path) -> Recipe:
 def _contradictions(recipe: Recipe) -> list[str]:
     """What is wrong between keys that are each right."""
     out = []
-    if bool(recipe.base_model) == recipe.proxy_base:
+    based = recipe.adapts and names_adapter(recipe.instruct_model)
+    if bool(recipe.base_model) == recipe.proxy_base and not based:
         out.append("give base_model, or proxy_base: true where no base was published (the LRM stands in for it)")
     unknown = [m for m in recipe.modules if m not in MODULES]
     if unknown or not recipe.modules:
         out.append(f"modules has {', '.join(unknown) or 'nothing'}; choose from {', '.join(MODULES)}")
+    default = Sparsify()
+    if recipe.sparsify.method == "none" and recipe.sparsify != default:
+        out.append("sparsify.density and .rescale have no effect with method: none; write a method, or drop them")
+    if recipe.sparsify.method == "magnitude" and recipe.sparsify.rescale != default.rescale:
+        out.append("sparsify.rescale has no effect with sparsify.method: magnitude, which never rescales; drop it")
     if recipe.basis.rank == "fixed" and recipe.basis.size is None:
         out.append("basis.rank is fixed: give basis.size, the number of directions to protect")
     if recipe.basis.size is not None and recipe.basis.rank != "fixed":

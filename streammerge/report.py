@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .gradient import shown
 from .memory import format_size
 from .outcome import Composed
 from .output import Output
@@ -134,7 +135,7 @@ def print_summary(report: dict[str, Any], out: Path) -> None:
     from rich.table import Table
 
     console = Console(stderr=True, markup=False, highlight=False)  # a path or a config value may look like markup
-    table = Table(title=f"streammerge: {report['recipe']['merge_method']}, λ = {report['recipe']['lambda']}")
+    table = Table(title=f"streammerge: {report['recipe']['merge_method']}, λ = {shown(report['recipe']['lambda'])}")
     for column in ("module", "rank / in", "‖Δ⊥‖/‖Δ‖", "‖λαΔ⊥‖/‖Δ‖", "leak fp32", "leak written"):
         table.add_column(column, justify="right" if column != "module" else "left")
     for row in report["modules"]:

@@ -1,8 +1,9 @@
 """A task vector with most of its elements set to zero, before it is projected and scaled: S(Δ).
 
 - magnitude (TIES's trim, Yadav et al., 2023, arXiv 2306.01708): of the n elements of a tensor the
-  max(1, ⌊density · n⌋) of the largest |Δ| stay as they are. The threshold is exact: it is found by counting, sixteen bits of |Δ| at a time, in
-  two passes over the tensor that is in memory anyway. Of elements that equal it the first ones stay (row by row).
+  max(1, ⌊density · n⌋) of the largest |Δ| stay as they are. The threshold is exact: it is found by counting, sixteen
+  bits of |Δ| at a time, in two passes over the tensor that is in memory anyway. Of elements that equal it the first
+  ones stay (row by row).
 - dare (Yu et al., 2024, arXiv 2311.03099): every element stays with probability `density`, and what stays is divided
   by the density, so that S(Δ) is Δ on average. (mergekit scales to the sum of |Δ| instead.) The random numbers are
   counted, not drawn in turn: element i of a tensor has the i-th word of Philox4x64 under a key made of the seed and the

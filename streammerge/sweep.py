@@ -17,7 +17,8 @@ keeps between the two passes of scope `model`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,6 +42,7 @@ from .memory import give_back
 from .plan import Plan
 from .run import Run
 from .snapshot import restore, take
+from .task_vector import TaskVector, task_vector
 from .verify import non_finite_everywhere
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -100,7 +102,7 @@ def read_order(plan: Plan, layer: int, *, lrm: bool = True, others: bool = True)
     """The tensors of a layer in the order of their use: the LRM's, then ITM's and base's of each merged one."""
     names = plan.layer_tensors(layer)
     order = [(plan.lrm, n) for n in names] if lrm else []
-    return order + [(c, n) for n in names if others and n in plan.merged for c in (plan.itm, plan.base)]
+    return order + [source for n in names if others and n in plan.merged for source in plan.sources(n)]
 
 
 def merge_layer(run: Run, feed: Feed, drain: Drain, layer: int, known: list[LayerAlpha] | None) -> None:
@@ -110,9 +112,9 @@ def merge_layer(run: Run, feed: Feed, drain: Drain, layer: int, known: list[Laye
     weights = lend(run, layer, lrm)
     merged_names = [n for n in names if n in run.plan.merged]
 
-    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+    def pairs() -> Iterator[TaskVector]:
         for name in merged_names:
-            yield name, run.take(feed, run.plan.itm, name), run.take(feed, run.plan.base, name)
+            yield task_vector(run.plan, name, [run.take(feed, *source) for source in run.plan.sources(name)])
 
     bases = bases_of(run, layer, lrm, weights)
     if known:
@@ -212,7 +214,7 @@ def stage_one(run: Run, layer: int, lrm: dict[str, Tensor]) -> LayerBases:
 
 
 def stage_two(
-    run: Run, layer: int, lrm: dict[str, Tensor], others: list[tuple[str, Tensor, Tensor]], bases: LayerBases
+    run: Run, layer: int, lrm: dict[str, Tensor], others: list[TaskVector], bases: LayerBases
 ) -> LayerAlpha:
     """The instruction set through θ_R + λ Δ⊥ (α = 1); α of this layer from its attention."""
     if not run.plan.recipe.needs_instruction:
@@ -255,17 +257,19 @@ def lend(run: Run, layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compose_layer(
-    run: Run, lrm: dict[str, Tensor], others, bases: LayerBases, alpha: LayerAlpha
+    run: Run, lrm: dict[str, Tensor], others: Iterable[TaskVector], bases: LayerBases, alpha: LayerAlpha
 ) -> Iterator[tuple[str, Tensor, Composed]]:
     """Every merged tensor of a layer with bases and α, rounded to its output dtype, and what happened to it."""
     plan = run.plan
-    for name, itm, base in others:
-        module = plan.merged[name].module
+    for name, itm, base, dense in others:
+        job = plan.merged[name]
         dtype = _DTYPES.get(plan.recipe.dtype) or TORCH_DTYPES[plan.lrm.tensors[name].dtype]
         with run.meter.working(run.model.device, "composing"):
             tensor, told = compose(
-                module, lrm[name], itm, base, bases.of(module), alpha, plan.layout, plan.recipe.lam, dtype
+                job.module, lrm[name], itm, base, bases.of(job.module), alpha, plan.layout, job.lam, dtype
             )
+        if dense is not None:
+            told = replace(told, dense=dense.item())
         if not told.finite:
             raise non_finite_everywhere(plan, InputError(
                 f"{name}: the merged weights overflow {str(dtype).removeprefix('torch.')}, in which they are written; "

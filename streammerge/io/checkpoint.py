@@ -76,6 +76,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
     _files: _Files = field(default_factory=_Files, repr=False, compare=False)
+    config_name: ClassVar[str] = "config.json"
     encoded: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # tensors whose bytes on disk are others (encoded.py)
     rewritten: ClassVar[Mapping[str, bytes]] = MappingProxyType({})  # side files that the output has otherwise
 

@@ -32,7 +32,7 @@ def block_speed(plan: Plan) -> float:
             decode(words, stored_as, into)
         np.subtract(delta, other, out=delta)
         _ = delta @ delta, lrm @ lrm
-        task_arithmetic(lrm, delta, plan.recipe.lam)
+        task_arithmetic(lrm, delta, plan.merged[name].lam)
         encode(delta, code, out, other.view(np.float32)[:BLOCK])
         _ = all_finite(out, code), np.count_nonzero(out != out)
         done += BLOCK

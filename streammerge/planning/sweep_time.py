@@ -93,7 +93,7 @@ def sweep_parts(
     """Seconds by part, from the embedding to the verified output."""
     layer = _layer(plan, data, settings.tokens_per_batch, speeds)
     lrm = sum(plan.lrm.tensors[n].nbytes for n in plan.layer_tensors(0))
-    others = sum(c.tensors[n].nbytes for n in plan.merged for c in (plan.itm, plan.base)) / plan.layers
+    others = sum(c.tensors[key].nbytes for n in plan.merged for c, key in plan.sources(n)) / plan.layers
     outside = sum(t.nbytes for t in plan.lrm.tensors.values()) - plan.layers * lrm
     passes = [(layer.merge, lrm + others, lrm)]
     if layer.survey:

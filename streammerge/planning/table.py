@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..gradient import shown
 from ..memory import format_size
 
 
@@ -15,7 +16,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 
     console = Console(stderr=True, markup=False, highlight=False)  # a path may look like markup
     recipe = plan["recipe"]
-    console.print(f"plan: {recipe['merge_method']}, λ = {recipe['lambda']}")
+    console.print(f"plan: {recipe['merge_method']}, λ = {shown(recipe['lambda'])}")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for column, justify in (("tensors", "left"), ("layers", "left"), ("shape", "right"), ("dtype", "left"),
                             ("size", "right"), ("action", "left")):  # fmt: skip
@@ -38,14 +39,25 @@ def _written(group: dict[str, Any]) -> str:
 
 
 def _treatments(groups: list[dict[str, Any]]) -> list[str]:
-    """What the merged modules go through, those that are treated alike in one line."""
-    alphas: dict[str, list[str]] = {}
-    bases: dict[str, list[str]] = {}
-    for group in (g for g in groups if g["action"] == "merged"):
-        alphas.setdefault(group["alpha"], []).append(group["module"])
-        bases.setdefault(_basis(group["basis"]), []).append(group["module"])
-    return [f"{what} of {', '.join(modules)}: {rule}" for what, rules in (("α", alphas), ("projection", bases))
-            for rule, modules in rules.items()]  # fmt: skip
+    """What the merged modules go through, those that are treated alike in one line; λ where it is not one for all."""
+    merged = [g for g in groups if g["action"] == "merged"]
+    several = len({str(g["lambda"]) for g in merged}) > 1 or any(isinstance(g["lambda"], list) for g in merged)
+    told = {
+        "λ": [_values(g["lambda"]) for g in merged if several],
+        "density": [_values(g["density"]) for g in merged if "density" in g],
+        "α": [g["alpha"] for g in merged],
+        "projection": [_basis(g["basis"]) for g in merged],
+    }
+    lines: dict[tuple[str, str], list[str]] = {}
+    for what, rules in told.items():
+        for group, rule in zip(merged, rules, strict=False):
+            lines.setdefault((what, rule), []).append(group["module"])
+    return [f"{what} of {', '.join(modules)}: {rule}" for (what, rule), modules in lines.items()]
+
+
+def _values(values: float | list[float]) -> str:
+    """One value, or one a layer."""
+    return f"{values:.4g}" if isinstance(values, float) else "by layer " + " ".join(f"{v:.4g}" for v in values)
 
 
 def _basis(basis: dict[str, Any] | None) -> str:

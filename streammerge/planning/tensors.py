@@ -11,12 +11,14 @@ from ..io.header import tensor_bytes
 from ..plan import Plan
 from ..recipe import Recipe
 
+_VARIED = ("lambda", "density")  # they may differ between the layers of a group
+
 
 def treatments(plan: Plan, rows: int) -> dict[str, dict[str, Any]]:
-    """Role of a module -> what its merged weights go through: λ, the rule of α, the basis. `rows`: positions of
-    Ω_think in all reasoning samples."""
-    return {module: {"lambda": plan.recipe.lam, "alpha": _alpha(plan.recipe, module),
-                     "basis": basis_of(plan, module, rows)} for module in plan.recipe.modules}  # fmt: skip
+    """Role of a module -> what its merged weights go through: the rule of α, the basis. `rows`: positions of Ω_think in
+    all reasoning samples."""
+    return {module: {"alpha": _alpha(plan.recipe, module), "basis": basis_of(plan, module, rows)}
+            for module in plan.recipe.modules}  # fmt: skip
 
 
 def _alpha(recipe: Recipe, module: str) -> str:
@@ -57,28 +59,42 @@ def per_tensor(plan: Plan, treated: dict[str, dict[str, Any]]) -> dict[str, dict
         facts = {"action": "merged" if job else alone, "shape": list(tensor.shape), "dtype": info.dtype,
                  "written_as": tensor.dtype, "bytes": tensor_bytes(tensor.dtype, tensor.shape)}  # fmt: skip
         if job:
-            facts |= {"layer": job.layer, "module": job.module, **treated[job.module]}
+            facts |= {"layer": job.layer, "module": job.module, "lambda": job.lam, **treated[job.module]}
+            if plan.recipe.sparsify.method != "none":
+                facts["density"] = job.density
         found[tensor.name] = facts
     return found
 
 
 def groups(plan: Plan, tensors: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Tensors that differ in their layer alone, as one row each: merged ones first, in the order of the recipe's
-    modules."""
+    modules. λ and density are lists, by layer, where they are not the same for all."""
     prefix = re.compile(re.escape(plan.family.layers) + r"\.(\d+)\.")
     found: dict[tuple, dict[str, Any]] = {}
     for name, facts in tensors.items():
         at = prefix.match(name)
         key = (prefix.sub(f"{plan.family.layers}.*.", name), str(facts["shape"]), facts["dtype"], facts["action"])
-        same = ("action", "module", "shape", "dtype", "written_as", "lambda", "alpha", "basis")
+        same = ("action", "module", "shape", "dtype", "written_as", "alpha", "basis")
         group = found.setdefault(key, {"tensors": key[0], **{k: facts[k] for k in same if k in facts}, "count": 0,
                                        "bytes": 0, "layers": []})  # fmt: skip
         group["count"] += 1
         group["bytes"] += facts["bytes"]
         group["layers"] += [int(at[1])] if at else []
+        for varied in _VARIED:
+            group.setdefault(varied, []).extend([facts[varied]] if varied in facts else [])
     order = {module: n for n, module in enumerate(plan.recipe.modules)}
     rows = sorted(found.values(), key=lambda g: order.get(g.get("module"), len(order)))
-    return [row | {"layers": spans(row["layers"])} for row in rows]
+    return [{k: v for k, v in row.items() if k not in _VARIED} | _by_layer(row) for row in rows]
+
+
+def _by_layer(row: dict[str, Any]) -> dict[str, Any]:
+    """The layers as text, and what may differ among them in their order: one value where it does not."""
+    order = sorted(range(len(row["layers"])), key=row["layers"].__getitem__)
+    told: dict[str, Any] = {"layers": spans(row["layers"])}
+    for key in (k for k in _VARIED if row[k]):
+        values = [row[key][at] for at in order]
+        told[key] = values[0] if len(set(values)) == 1 else values
+    return told
 
 
 def spans(numbers: Iterable[int]) -> str:
