@@ -28,8 +28,6 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"{source}: tokenizer and tokenizer_source are both given; keep one"
     if config.tokenizer and not config.tokenizer.source:
         yield f"{source}: tokenizer.source is missing, which mergekit takes for union; a union {reason('union')}"
-    if config.vocabulary and config.vocabulary.name == "union":
-        yield f"{config.vocabulary.at}: tokenizer_source: union {reason('union')}"
     for model in (*config.references, *(part.base_model for part in config.slices), config.vocabulary):
         if model and "+" in model.name and not beside(model.name, config.directory):
             yield f"{model.at}: {model}: a LoRA adapter behind '+' {reason('lora')}"

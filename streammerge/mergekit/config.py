@@ -88,6 +88,14 @@ def _model(node: yaml.Node, source: str, key: str, problems: list[str]) -> Refer
     return found
 
 
+def _lender(node: yaml.Node, source: str, key: str, problems: list[str]) -> Reference | None:
+    """The model that lends its tokenizer, 'base' among them; a union is refused."""
+    found = _reference(node, source, key, problems)
+    if found and found.name == "union":
+        problems.append(f"{found.at}: {key}: union {reason('union')}")
+    return found
+
+
 def _tokenizer(node: yaml.Node, source: str, key: str, problems: list[str]) -> TokenizerIn | None:
     return None if _is_null(node) else build(TokenizerIn, node, source, key + ".", problems)
 
@@ -187,7 +195,7 @@ class SliceOut:
 class TokenizerIn:
     """The long form of `tokenizer_source`."""
 
-    source: Reference | None = setting(None, node=_reference)
+    source: Reference | None = setting(None, node=_lender)
     tokens: None = setting(None, node=_refused)
     pad_to_multiple_of: int | None = setting(None, least=1)
 
@@ -204,7 +212,7 @@ class Config:
     parameters: Parameters = setting(None, node=_parameters)
     dtype: str = setting("", read=_dtype)  # a safetensors code, '' for as stored
     out_dtype: str = setting("", read=_dtype)
-    tokenizer_source: Reference | None = setting(None, node=_reference)
+    tokenizer_source: Reference | None = setting(None, node=_lender)
     tokenizer: TokenizerIn | None = setting(None, node=_tokenizer)
     chat_template: str | None = None
     source: str = setting("<config>", hidden=True)
