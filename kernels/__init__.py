@@ -6,7 +6,8 @@ module in the function's place.
 """
 
 _HOME = dict.fromkeys(("gram_update", "row_gram", "project", "span_mass", "why_not", "ran", "forget"), "dispatch")
-_HOME |= {"KernelUnavailable": "dispatch", "attended_inputs": "reference"}
+_HOME |= {"KernelUnavailable": "dispatch", "attended_inputs": "reference",
+          "span_mass_normalised": "reference"}
 
 __all__ = sorted(_HOME)
 

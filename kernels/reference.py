@@ -177,6 +177,39 @@ def span_mass(
     return masses
 
 
+def span_mass_normalised(
+    q: Tensor,
+    k: Tensor,
+    sample: Tensor,
+    at: Tensor,
+    spans: Tensor,
+    lse: Tensor,
+    scaling: float,
+    window: int | None = None,
+) -> Tensor:
+    """`span_mass` where attention has run already and left lse [B, H, T], the logarithm of each row's denominator:
+    only the columns of the spans are scored, Σ_τ exp(q kᵀ − lse) spans[τ, :]. As exact as fp32 holds lse: to 1e-6 for
+    scores of 10. Holds a chunk of [H, rows, columns].
+    """
+    dtype = _widest(q, k, spans)
+    masses = torch.empty(len(at), q.shape[1], spans.shape[-1], dtype=dtype, device=q.device)
+    group, start = q.shape[1] // k.shape[1], 0
+    for b, count in enumerate(torch.bincount(sample, minlength=len(q)).tolist()):
+        mine, start = slice(start, start + count), start + count
+        columns = spans[b].any(-1).nonzero()[:, 0]
+        keys, values = k[b][:, columns].to(dtype), spans[b, columns].to(dtype)
+        step = max(1, _CACHE_ELEMENTS // max(1, q.shape[1] * len(columns)))
+        for rows, out in zip(at[mine].split(step), masses[mine].split(step), strict=True):
+            wanted = (q[b][:, rows].to(dtype) * scaling).view(len(keys), group * len(rows), q.shape[-1])
+            scores = (wanted @ keys.mT).view(q.shape[1], len(rows), len(columns))
+            shares = scores.sub_(lse[b][:, rows, None]).exp_()
+            unseen = columns > rows[:, None]
+            if window is not None:
+                unseen |= columns <= rows[:, None] - window
+            out.copy_((shares.masked_fill_(unseen, 0.0) @ values).transpose(0, 1))
+    return masses
+
+
 def _attention(q: Tensor, k: Tensor, at: Tensor, scaling: float, window: int | None, dtype: torch.dtype):
     """softmax(q kᵀ) of one sample at ascending positions, in chunks of rows and heads.
 

@@ -10,7 +10,7 @@ rows are scored: memory O(rows x spans) a head, never [H, T, T].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 from .batches import Batch
 from .calibration import InstructionSample
 from .errors import overflow
-from .forward import AttentionInputs
-from .kernels import span_mass
+from .kernels import span_mass, span_mass_normalised
+from .sdpa import AttentionInputs
 
 
 @dataclass(frozen=True)
@@ -55,33 +55,31 @@ class AttentionMass:
         self._start()
 
     def _start(self) -> None:
-        self._sums = torch.zeros(2, self._heads, dtype=torch.float64)
-        self._counts = [0, 0]
+        self._sums: dict[int, Tensor] = {}  # of each batch [2, H]
 
-    def on_input(self, batch: int, site: str, x: Tensor) -> Callable[[], None]:
+    def on_input(self, batch: int, site: str, x: Tensor) -> None:
         """Attention needs no module inputs."""
-        return lambda: None
 
-    def on_attention(self, batch: int, call: AttentionInputs) -> Callable[[], None]:
+    def on_attention(self, batch: int, call: AttentionInputs) -> None:
         """Score the rows that matter in every sample of the batch."""
         if batch not in self._wanted:
             self._wanted[batch] = _wanted(self._samples, self._batches[batch], self._shift, call.q.device)
         wanted = self._wanted[batch]
-        mass = span_mass(call.q, call.k, wanted.sample, wanted.at, wanted.spans, call.scaling, call.window)
-        sums = torch.einsum("snm,nhm->sh", wanted.shares, mass.double())
-
-        def add() -> None:
-            self._sums = self._sums.to(sums.device) + sums
-            self._counts = [a + b for a, b in zip(self._counts, wanted.counts, strict=True)]
-
-        return add
+        asked = call.q, call.k, wanted.sample, wanted.at, wanted.spans
+        if call.lse is None:
+            mass = span_mass(*asked, call.scaling, call.window)
+        else:
+            mass = span_mass_normalised(*asked, call.lse, call.scaling, call.window)
+        self._sums[batch] = torch.einsum("snm,nhm->sh", wanted.shares, mass.double())
 
     def result(self) -> LayerMass:
         """The means over instructions since the last result, so a layer's.
 
         InputError where attention was not finite: α would be 1, or NaN, unnoticed.
         """
-        sums, counts = self._sums.cpu(), self._counts
+        batches = sorted(self._sums)  # whatever order they came in, they add up in one
+        counts = [sum(self._wanted[b].counts[kind] for b in batches) for kind in (0, 1)]
+        sums = torch.stack([self._sums[b] for b in batches] or [torch.zeros(2, self._heads)]).cpu().double().sum(0)
         self._start()
         if not torch.isfinite(sums).all():
             raise overflow("the attention masses of the instruction samples")

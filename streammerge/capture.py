@@ -20,9 +20,9 @@ from torch import Tensor
 from .arch import HeadLayout
 from .batches import Batch
 from .calibration import ReasoningSample
-from .forward import AttentionInputs
 from .io.stash import Stash
 from .kernels import attended_inputs, gram_update
+from .sdpa import AttentionInputs
 
 Kind = Literal["rows", "covariance"]
 

@@ -5,8 +5,8 @@ layer its weights for the length of one call. What a layer is handed besides the
 embeddings) is found by running the model's own forward over recorders in the layers' place, so that no family needs
 code here. Same dtype and same batch: bit-equal to the resident model.
 
-Attention runs through transformers' SDPA, wrapped under the name `streammerge` so that an observer can see queries
-and keys after rotary embedding, norms and biases, exactly as the model uses them.
+Attention runs through transformers' SDPA, wrapped so that an observer can see its inputs (sdpa.py). A stream that is
+observed in the last layer ends there: nothing is computed that its observer does not see.
 
 On a CPU several batches pass at once (workers.py), each through a copy of the module tree of its own, which holds no
 weights.
@@ -19,74 +19,40 @@ from __future__ import annotations
 import copy
 import queue
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from .arch import SITES, Family
 from .batches import Batch
 from .errors import InputError, listed
 from .io.checkpoint import Checkpoint
 from .io.stash import Stash
+from .sdpa import ATTENTION, AttentionInputs
 from .workers import Gates, Workers
-
-ATTENTION = "streammerge"
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What one attention call sees: q [B, H, T, D] and k [B, K, T, D] after rotary embedding; the scale; the window."""
-
-    q: Tensor
-    k: Tensor
-    scaling: float
-    window: int | None
 
 
 class Observer(Protocol):
     """Looks on while a batch passes through a layer.
 
     Batches may pass side by side: a method computes what it wants from its own batch, and returns the rest of its
-    work, whatever touches what batches share. That runs one batch at a time, in batch order.
+    work, whatever touches what batches share (None: nothing). That runs one batch at a time, in batch order.
     """
 
-    def on_input(self, batch: int, site: str, x: Tensor) -> Callable[[], None]:
+    def on_input(self, batch: int, site: str, x: Tensor) -> Callable[[], None] | None:
         """The input [B, T, in] of the linear modules of a site."""
 
-    def on_attention(self, batch: int, call: AttentionInputs) -> Callable[[], None]:
+    def on_attention(self, batch: int, call: AttentionInputs) -> Callable[[], None] | None:
         """Queries and keys of the layer's attention."""
 
 
-def _reads_grouped_heads(query: Tensor) -> bool:
-    """Whether SDPA has a lean kernel for fewer key/value than query heads. CUDA's fp32 one (memory-efficient) has not:
-    asked for it, SDPA falls back to plain arithmetic and holds [H, T, T]."""
-    return not (query.is_cuda and query.dtype == torch.float32)
-
-
-def _observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
-    watcher = getattr(module, "_streammerge_watcher", None)
-    if watcher is not None:
-        window = kwargs.get("sliding_window")
-        window = None if window is None else min(window, key.shape[2])
-        watcher(AttentionInputs(query, key, kwargs["scaling"], window))
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and not _reads_grouped_heads(query):
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-
-
-AttentionInterface.register(ATTENTION, _observed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+class _Enough(Exception):
+    """Nobody looks at the rest of the layer."""
 
 
 class _Recorder(nn.Module):
@@ -182,8 +148,11 @@ class StreamedModel:
         """Move every batch of the stream through one layer, in place, and show the observer what passes.
 
         weights: names relative to the layer -> tensors on the device, in the compute dtype. `sites`: the feature
-        sites that the observer wants to see (it always sees the attention). `tick` hears of each batch's tokens.
+        sites that the observer wants to see, in the order of SITES (it always sees the attention). With an observer the
+        last layer leaves the stash empty. `tick` hears of each batch's tokens.
         """
+        ends = observer is not None and layer + 1 == len(self._names)
+        until = ([s for s in sites if s != "attn_in"] or ["attention"])[-1] if ends else None
         weights = {name: weights[name] for name in self._names[layer]}
 
         @torch.no_grad()  # here, since it holds for one thread
@@ -192,14 +161,16 @@ class StreamedModel:
             try:
                 hidden, module = stream.stash.fetch(n), carrier.layers[layer]
                 kwargs = carrier.handed_to(layer, hidden)
-                with _watching(module, self.family, n, observer, sites, gates):
+                with suppress(_Enough), _watching(module, self.family, n, observer, sites, until, gates):
                     out = functional_call(module, weights, (hidden,), kwargs, strict=True)
-                stream.stash.put(n, out[0] if isinstance(out, tuple) else out)
+                    stream.stash.put(n, out[0] if isinstance(out, tuple) else out)
             finally:
                 self._free.put(carrier)
             return sum(stream.batches[n].lengths)
 
         self._workers.run(carry, len(stream.batches), tick)
+        if ends:
+            stream.stash.drop()
 
     @torch.no_grad()
     def final_hidden(self, stream: Stream, positions: list[tuple[int, ...]]) -> Tensor:
@@ -241,16 +212,26 @@ def _fitting_names(model: nn.Module, checkpoint: Checkpoint, family: Family) -> 
 
 @contextmanager
 def _watching(
-    module: nn.Module, family: Family, batch: int, observer: Observer | None, sites: tuple[str, ...], gates: Gates
+    module: nn.Module,
+    family: Family,
+    batch: int,
+    observer: Observer | None,
+    sites: tuple[str, ...],
+    until: str | None,
+    gates: Gates,
 ):
-    """Show the observer the inputs of the sites and the attention while one batch passes through `module`."""
+    """Show the observer the inputs of the sites and the attention while one batch passes through `module`; raise
+    _Enough once it has seen `until`."""
     if observer is None:
         yield
         return
 
     def see(gate: str, shown: Any) -> None:
         rest = observer.on_attention(batch, shown) if gate == "attention" else observer.on_input(batch, gate, shown)
-        gates.pass_in_order(gate, batch, rest)
+        if rest is not None:
+            gates.pass_in_order(gate, batch, rest)
+        if gate == until:
+            raise _Enough
 
     with ExitStack() as stack:
         for site in sites:
@@ -259,5 +240,6 @@ def _watching(
             stack.callback(hook.remove)
         attention = module.get_submodule(family.modules["q"].rpartition(".")[0])
         attention._streammerge_watcher = lambda call: see("attention", call)
+        attention._streammerge_first = until == "attention"
         stack.callback(delattr, attention, "_streammerge_watcher")
         yield

@@ -15,7 +15,8 @@ from streammerge.batches import make_batches
 from streammerge.capture import FeatureCapture
 from streammerge.coefficients import alphas
 from streammerge.compose import LayerAlpha, compose
-from streammerge.forward import ATTENTION, SITES, AttentionInputs
+from streammerge.forward import SITES
+from streammerge.sdpa import ATTENTION
 
 
 def load(path):
@@ -34,8 +35,8 @@ def watch(model, plan, batches, make_observer, sites):
                 linear = layer.get_submodule(plan.family.modules[SITES[site][0]])
                 hooks.append(linear.register_forward_pre_hook(
                     lambda _, args, o=observer, s=site, n=n: o.on_input(n, s, args[0])()))  # fmt: skip
-            layer.self_attn._streammerge_watcher = lambda call, o=observer, n=n: o.on_attention(n, AttentionInputs(
-                call.q, call.k, call.scaling, call.window))()  # fmt: skip
+            layer.self_attn._streammerge_first = not sites and layer is model.model.layers[-1]
+            layer.self_attn._streammerge_watcher = lambda call, o=observer, n=n: (o.on_attention(n, call) or int)()
         with torch.no_grad():
             model.model(input_ids=batch.ids, use_cache=False)
         for hook in hooks:

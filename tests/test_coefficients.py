@@ -13,9 +13,9 @@ from streammerge.batches import Batch
 from streammerge.calibration import Instruction, InstructionSample
 from streammerge.coefficients import alphas, spread
 from streammerge.compose import LayerAlpha, scales
-from streammerge.forward import AttentionInputs
 from streammerge.recipe import Coefficients
 from streammerge.report import alpha_summary
+from streammerge.sdpa import AttentionInputs
 
 LAYOUT = HeadLayout(6, 2, 5)
 WIDE = (-100.0, 100.0)  # bounds that nothing reaches
@@ -128,7 +128,7 @@ def mass_of(rows: str, instructions, length: int = 12) -> LayerMass:
     batch = Batch(torch.zeros(1, length + 3, dtype=torch.long), (length,), (0,))
     observer = AttentionMass([sample], [batch], 2, rows)
     q, k = torch.zeros(1, 2, length + 3, 4), torch.zeros(1, 1, length + 3, 4)
-    observer.on_attention(0, AttentionInputs(q, k, 0.5, None))()
+    observer.on_attention(0, AttentionInputs(q, k, 0.5, None))
     return observer.result()
 
 

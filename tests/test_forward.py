@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from streammerge import sdpa
 from streammerge.arch import family_of
 from streammerge.batches import make_batches
 from streammerge.forward import Stream, StreamedModel
@@ -20,7 +21,7 @@ class Sample:
         self.ids = tuple(torch.randint(0, 400, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
-def streamed(path, samples, dtype, tokens_per_batch=160):
+def streamed(path, samples, dtype, tokens_per_batch=160, **seen):
     """The checkpoint and hidden states after the last layer, batch by batch, one layer's weights at a time."""
     checkpoint = open_checkpoint(path, "reasoning_model")
     family = family_of(checkpoint.config, "here")
@@ -30,7 +31,7 @@ def streamed(path, samples, dtype, tokens_per_batch=160):
     for layer in range(checkpoint.config["num_hidden_layers"]):
         prefix = family.layer_prefix(layer)
         names = [n for n in checkpoint.tensors if n.startswith(prefix)]
-        model.advance(layer, {n.removeprefix(prefix): checkpoint.read(n).to(dtype) for n in names}, stream)
+        model.advance(layer, {n.removeprefix(prefix): checkpoint.read(n).to(dtype) for n in names}, stream, **seen)
     return model, stream
 
 
@@ -50,6 +51,45 @@ def test_bit_equal_to_the_resident_model(any_trio, dtype):
         theirs = resident.lm_head(body.last_hidden_state)
         for row, length in enumerate(batch.lengths):
             assert torch.equal(mine[row, :length], theirs[row, :length]), f"{family}: batch {n}, row {row}"
+
+
+class Watcher:
+    """Keeps what it is shown."""
+
+    def __init__(self):
+        self.calls, self.inputs = [], []
+
+    def on_attention(self, batch, call):
+        self.calls.append(call)
+
+    def on_input(self, batch, site, x):
+        self.inputs.append(site)
+
+
+@pytest.mark.parametrize("sites", [(), ("attn_in",), ("attn_in", "attn_out"), ("mlp_in", "mlp_mid")])
+def test_an_observed_stream_ends_with_the_last_layer(trio, sites, monkeypatch):
+    """What no observer sees is not computed there, and every observer sees all that it asked for."""
+    plain, ran = sdpa.sdpa_attention_forward, []
+    monkeypatch.setattr(sdpa, "sdpa_attention_forward", lambda *a, **k: ran.append(1) or plain(*a, **k))
+    watcher = Watcher()
+    model, stream = streamed(trio["lrm"], [Sample(9, 1)], torch.float32, observer=watcher, sites=sites)
+    layers, attends = len(watcher.calls), bool(set(sites) - {"attn_in"})
+    assert layers == model.checkpoint.config["num_hidden_layers"] and watcher.inputs == [*sites] * layers
+    assert len(ran) == layers - (not attends) and stream.stash.nbytes == 0
+    told = [call.lse is not None for call in watcher.calls]
+    assert told == [True] * (layers - 1) + [attends]
+
+
+def test_attention_tells_the_denominators_of_its_rows(any_trio):
+    """log Σ exp(q kᵀ) over what a row sees, with a window and without."""
+    watcher = Watcher()
+    streamed(any_trio[1]["lrm"], [Sample(60, 1)], torch.float32, observer=watcher)
+    away = torch.arange(60)[:, None] - torch.arange(60)
+    for call in watcher.calls[:-1]:
+        keys = call.k.double().repeat_interleave(call.q.shape[1] // call.k.shape[1], dim=1)
+        hidden = (away < 0) | (away >= (call.window or 60))
+        wanted = (call.scaling * call.q.double() @ keys.mT).masked_fill(hidden, float("-inf")).logsumexp(-1)
+        torch.testing.assert_close(call.lse.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_sliding_window_is_applied(any_trio):

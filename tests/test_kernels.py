@@ -311,6 +311,23 @@ def test_chunk_boundaries(monkeypatch, budget, window):
     assert sizes == {1: [(2, 1)] * 14, 328: [(2, 4), (2, 3)] * 2, 492: [(2, 6), (2, 1)] * 2, 1 << 20: [(4, 7)]}[budget]
 
 
+@pytest.mark.parametrize("budget", [1, 4 * 41 * 2, 1 << 20])
+@pytest.mark.parametrize("window", [None, 5, 1000])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 1)])
+def test_span_mass_normalised(monkeypatch, heads, kv_heads, window, budget):
+    """With the denominators that attention left, the columns of the spans are enough; a span that nobody sees is 0."""
+    monkeypatch.setattr(kernels, "_CACHE_ELEMENTS", budget)
+    q, k, sample, at, spans = call(heads, kv_heads)
+    spans[0] = 0
+    spans[3, :30] = 0
+    scores = 0.3 * q @ k.repeat_interleave(heads // kv_heads, 1).mT
+    away = torch.arange(41)[:, None] - torch.arange(41)
+    lse = scores.masked_fill((away < 0) | (away >= (window or 41)), float("-inf")).logsumexp(-1)
+    found = kernels.span_mass_normalised(q, k, sample, at, spans, lse, 0.3, window)
+    close(found, eager(q, k, sample, at, spans, 0.3, window), torch.float32)
+    assert kernels.span_mass_normalised(q, k, sample[:0], at[:0], spans, lse, 0.3).shape == (0, heads, 3)
+
+
 def test_gqa_maps_by_group():
     """Query head h reads kv head h // group: with all keys but one at zero, only its group's masses move."""
     q, k, *rest = call(heads=6, kv_heads=2)

@@ -9,7 +9,7 @@ import torch
 from builders import recipe_text, save_trio
 from safetensors.torch import load_file, save_file
 
-from streammerge import forward, linalg, memory, merge, parse_recipe, sweep
+from streammerge import linalg, memory, merge, parse_recipe, sdpa, sweep
 from streammerge.arch import HeadLayout
 from streammerge.attention import AttentionMass
 from streammerge.bases import SiteBasis
@@ -17,9 +17,9 @@ from streammerge.batches import Batch
 from streammerge.calibration import Instruction, InstructionSample
 from streammerge.compose import LayerAlpha, compose
 from streammerge.errors import InputError, RecipeError
-from streammerge.forward import AttentionInputs
 from streammerge.pipeline import pick_device
 from streammerge.plan import make_plan
+from streammerge.sdpa import AttentionInputs
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,7 @@ def test_masses_that_are_not_finite():
     sample = InstructionSample("s", (1, 2, 3), (Instruction("i", (0,), (2,), ()),))
     observer = AttentionMass([sample], [Batch(torch.tensor([[1, 2, 3]]), (3,), (0,))], 2, "token")
     q = torch.full((1, 2, 3, 4), float("inf"))
-    observer.on_attention(0, AttentionInputs(q, torch.ones(1, 1, 3, 4), 1.0, None))()
+    observer.on_attention(0, AttentionInputs(q, torch.ones(1, 1, 3, 4), 1.0, None))
     with pytest.raises(InputError, match="compute_dtype"):
         observer.result()
 
@@ -149,7 +149,7 @@ def test_heads_are_repeated_where_sdpa_has_no_lean_kernel_for_groups(any_trio, m
     wanted = streamed(paths["lrm"], [Sample(40, 1)], torch.float32)[1].stash.fetch(0)
     asked = []
     plain = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(forward, "_reads_grouped_heads", lambda query: grouped)
+    monkeypatch.setattr(sdpa, "_reads_grouped_heads", lambda query: grouped)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
                         lambda *a, **k: asked.append(k.get("enable_gqa", False)) or plain(*a, **k))  # fmt: skip
     found = streamed(paths["lrm"], [Sample(40, 1)], torch.float32)[1].stash.fetch(0)
