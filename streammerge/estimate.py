@@ -145,6 +145,7 @@ class _Sizes:
     written: int  # the same as written
     copy: int  # the same in the compute dtype; 0 where that is how it is stored
     largest: int  # the largest tensor of a layer as stored
+    formed: tuple[int, int]  # the largest task vector, and a layer's, where they are formed before they are composed
     features: int  # rows or covariances of one layer, without the values' own
     values: int  # those of v_proj, all heads
     one_value: int  # of one head while its basis is built
@@ -190,6 +191,7 @@ def _sizes(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.
         written=max(native, elements * 4) if plan.recipe.dtype == "float32" else native,
         copy=elements * item if copied else 0,
         largest=largest,
+        formed=_formed(plan),
         features=features,
         values=layout.kv_heads * waiting,
         one_value=waiting + 2 * one_value,
@@ -199,6 +201,17 @@ def _sizes(plan: Plan, data: CalibrationSet, device: torch.device, dtype: torch.
         composing=composing,
         embedding=min(held, config.get("vocab_size") or held) * width * (item + 2),
     )
+
+
+def _formed(plan: Plan) -> tuple[int, int]:
+    """Bytes of the largest task vector and of the largest layer's, in fp32, where task_vector.py forms them; else 0."""
+    if not plan.adapter and plan.recipe.sparsify.method == "none":
+        return 0, 0
+    layers: dict[int, list[int]] = {}
+    for name, job in plan.merged.items():
+        info = plan.lrm.tensors[name]
+        layers.setdefault(job.layer, []).append(4 * info.nbytes // TORCH_DTYPES[info.dtype].itemsize)
+    return max(map(max, layers.values())), max(map(sum, layers.values()))
 
 
 def _estimate(
@@ -220,6 +233,9 @@ def _estimate(
     if twice:
         merging["ITM and base"] = 2 * size.native
         merging["the probe"] = size.written
+    if any(size.formed):
+        merging["ITM and base"] = 2 * size.largest
+        merging["task vectors"] = size.formed[twice]
     rest = {"composing beyond a batch": max(0, size.composing - choice.workers * size.batch)}
     rest["bases of a module"] = size.features
     first, second = layer | batches | features, layer | merging | batches | rest

@@ -7,11 +7,13 @@ imports torch. Whatever raises, nothing is left under a final name.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import memory, report
+from .errors import RecipeError
 from .fingerprint import fingerprint
 from .finish import conclude, peaks, refuse_certainly_unchanged, refuse_unchanged
 from .io.claim import STATE, refuse_inside
@@ -22,12 +24,13 @@ from .plain import Threads, fit_threads, is_plain, merge_plain
 from .plan import Plan, distinct, make_plan
 from .progress import Progress
 from .recipe import Recipe
+from .tensor_merging import Request, merge_config
 from .threads import usable_cores
 from .verify import verify_output
 
 
 def merge(
-    recipe: Recipe,
+    recipe: Recipe | Request,
     out: str | Path,
     *,
     device: str = "auto",
@@ -36,16 +39,38 @@ def merge(
     restart: bool = False,
     save_every: float = EVERY,
     artifacts: str | Path | None = None,
+    also: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Merge as the recipe says and write a checkpoint to `out`, a directory that is new, empty, or holds this very
     merge unfinished: then it goes on there, unless `restart` says to drop it.
 
     `threads`: CPU threads (None: all usable cores, or torch's choice where layers run); `save_every`: seconds between
     two saves of how far it has come; `artifacts`: where bases and attention masses are kept for later merges of the
-    same LRM (a merge without calibration has none). Returns the report (also written to `out`/
-    streammerge_report.json). Raises a StreamMergeError that says what to do; `out` then holds nothing, or what was
-    saved for a resume.
+    same LRM (a merge without calibration has none); `also`: 'nf4', 'int8' for a quantised copy beside `out`. Returns
+    the report (also written to `out`/streammerge_report.json). Raises a StreamMergeError that says what to do; `out`
+    then holds nothing, or what was saved for a resume, or is complete and only a copy is missing.
     """
+    settings = {"progress": progress or Progress("quiet"), "threads": threads}
+    if also:
+        from .also import check, write_also
+
+        check(Path(out), also)
+    report = _merge(recipe, Path(out), device=device, restart=restart, save_every=save_every, artifacts=artifacts,
+                    **settings)  # fmt: skip
+    report["also"] = write_also(Path(out), also, shard_size=recipe.shard_size, **settings) if also else {}
+    return report
+
+
+def _merge(
+    recipe: Recipe | Request, out: Path, *, device: str, progress: Progress, threads: int | None, restart: bool,
+    save_every: float, artifacts: str | Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """By the path that the recipe asks for."""
+    if isinstance(recipe, Request):
+        if artifacts is not None:
+            raise RecipeError("--artifacts: a mergekit configuration has no calibration whose artifacts could be kept")
+        more = {"restart": restart, "save_every": save_every}
+        return merge_config(recipe, out, device=device, progress=progress, threads=threads, **more)
     if not is_plain(recipe) or device not in ("auto", "cpu"):
         from . import pipeline
 
@@ -55,8 +80,7 @@ def merge(
             more = {"restart": restart, "save_every": save_every, "artifacts": artifacts}
             return pipeline.merge(recipe, out, device=device, progress=progress, **more)
         pipeline.pick_device(device)  # a device that is not there is an error, though a plain merge asks for none
-    progress = progress or Progress("quiet")
-    return _merge_plain(recipe, Path(out), progress, threads or usable_cores(), restart, save_every)
+    return _merge_plain(recipe, out, progress, threads or usable_cores(), restart, save_every)
 
 
 def _merge_plain(
@@ -107,7 +131,7 @@ def _describe(plan: Plan, composed: dict[str, Composed], seconds: float) -> dict
         "alpha": report.alpha_of_heads(heads, coefficients.bounds),
         "totals": report.totals(composed),
         "modules": report.by_module(plan, composed),
-        "per_tensor": report.per_tensor(composed),
+        "per_tensor": report.per_tensor(plan, composed),
         "l_think": {},
         "attention": {},
         "throughput": {"calibration_tokens": 0, "bytes_read": read, "bytes_per_second": read / seconds},

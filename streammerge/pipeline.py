@@ -262,7 +262,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "alpha": report.alpha_summary(run.alphas, plan.recipe.coefficients.bounds),
         "totals": report.totals(run.composed),
         "modules": report.by_module(plan, run.composed),
-        "per_tensor": report.per_tensor(run.composed),
+        "per_tensor": report.per_tensor(plan, run.composed),
         "l_think": loss,
         "attention": {str(i): {"alignment": m.alignment.tolist(), "leakage": m.leakage.tolist()}
                       for i, m in sorted(run.masses.items())},

@@ -113,9 +113,14 @@ def inputs(output: Output) -> dict[str, Any]:
     }
 
 
-def per_tensor(composed: dict[str, Composed]) -> dict[str, dict[str, Any]]:
-    """Every merged tensor's numbers."""
-    return {name: dataclasses.asdict(c) for name, c in composed.items()}
+def per_tensor(plan: Plan, composed: dict[str, Composed]) -> dict[str, dict[str, Any]]:
+    """Every merged tensor's λ and numbers; density and ‖Δ‖ before where the task vector was sparsified."""
+    found = {}
+    for name, told in composed.items():
+        job, numbers = plan.merged[name], dataclasses.asdict(told)
+        sparse = {"density": job.density} if told.dense is not None else {}
+        found[name] = {"lambda": job.lam} | sparse | {k: v for k, v in numbers.items() if v is not None}
+    return found
 
 
 def _kernels(ran: dict[str, int] | str) -> dict[str, list[str]]:
