@@ -62,6 +62,13 @@ that it had. All that is wrong is told at once. Exit code 0, or 5; 3 where OUT h
 """
 
 
+_QUANTIZE = """A checkpoint once more in 4 or 8 bits, as bitsandbytes stores it: transformers loads it as it is.
+
+What `streammerge merge --also` does at its end. Codes and scales are those that transformers makes of the same weights;
+embeddings, norms and the output head are byte copies. Streamed: memory does not know the size of the model.
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -77,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_merge_flags(merge, out=None)
     merge.add_argument("--dry-run", action="store_true", help="write nothing, print the plan (`streammerge plan`)")
+    merge.add_argument("--also", type=_methods, default=(), metavar="FORM[,FORM]", help="besides OUT write OUT-nf4, "
+                       "OUT-int8: bitsandbytes checkpoints that transformers loads as they are")
     _add_resume_flags(merge)
     plan = commands.add_parser(
         "plan", help="what a merge would do and take", description=_PLAN, epilog=_EXIT_CODES, formatter_class=raw
@@ -94,7 +103,31 @@ def parser() -> argparse.ArgumentParser:
     _add_output_flags(demo)
     _add_bench(commands, raw)
     _add_verify(commands, raw)
+    _add_quantize(commands, raw)
     return top
+
+
+def _add_quantize(commands: argparse._SubParsersAction, raw: type) -> None:
+    """`streammerge quantize` and its flags."""
+    quantize = commands.add_parser(
+        "quantize", help="a finished merge in 4 or 8 bits", description=_QUANTIZE, epilog=_EXIT_CODES,
+        formatter_class=raw,
+    )  # fmt: skip
+    quantize.add_argument("model", type=Path, metavar="MODEL", help="a checkpoint in full precision, such as a merge's")
+    quantize.add_argument("out", type=Path, metavar="OUT", help="output directory, new or empty")
+    quantize.add_argument("--to", required=True, choices=("nf4", "int8"), help="the form")
+    quantize.add_argument("--shard-size", type=_size, default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+    quantize.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: all cores)")
+    _add_output_flags(quantize)
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    """'nf4,int8' -> the forms of a quantised copy, each once."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [name for name in names if name not in ("nf4", "int8")]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{text!r}: {unknown[0]!r} is no form; choose nf4, int8 or nf4,int8")
+    return names
 
 
 def _add_verify(commands: argparse._SubParsersAction, raw: type) -> None:

@@ -126,9 +126,14 @@ def calibration_files(sets: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 
 def sums(files: dict[str, dict[str, Any]], manifest: bytes) -> bytes:
-    """SHA256SUMS as `sha256sum -c` reads it: every hashed file, and the manifest."""
+    """SHA256SUMS: every hashed file, and the manifest."""
     hashes = {name: entry["sha256"] for name, entry in files.items()}
     hashes[FILE_NAME] = hashlib.sha256(manifest).hexdigest()
+    return checksums(hashes)
+
+
+def checksums(hashes: Mapping[str, str]) -> bytes:
+    """{file name: SHA256} as `sha256sum -c` reads it."""
     return "".join(_sum_line(name, hashes[name]) for name in sorted(hashes)).encode()
 
 

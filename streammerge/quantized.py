@@ -42,20 +42,23 @@ def _library() -> ModuleType:
 def check(recipe: Recipe, device: torch.device) -> None:
     """Before any work: RecipeError where bitsandbytes is wanted and is missing, or cannot round on this device."""
     method = recipe.capture_weights
-    if method == "native":
-        return
-    advice = "pip install 'streammerge[quantized]', or write capture_weights: native"
+    if method != "native":
+        require(method, device, f"capture_weights: {method}", "or write capture_weights: native")
+
+
+def require(method: str, device: torch.device, wanted: str, otherwise: str) -> None:
+    """RecipeError where bitsandbytes is missing or cannot round on this device. `wanted`: what a user wrote."""
+    advice = f"pip install 'streammerge[quantized]', {otherwise}"
     try:
         weight = torch.ones(2, BLOCK, device=device)
         found = unpack(method, *pack(method, weight), weight.shape, torch.float32)
     except ModuleNotFoundError as error:
-        raise RecipeError(f"capture_weights: {method} needs bitsandbytes, and {error.name} is not installed: {advice}"
-                          ) from None
+        raise RecipeError(f"{wanted} needs bitsandbytes, and {error.name} is not installed: {advice}") from None
     except Exception as error:  # its import and its kernels raise whatever they meet
-        raise RecipeError(f"capture_weights: {method}: bitsandbytes cannot run on {device} ({type(error).__name__}: "
+        raise RecipeError(f"{wanted}: bitsandbytes cannot run on {device} ({type(error).__name__}: "
                           f"{str(error)[:300]}): {advice}") from error
     if not torch.allclose(found, weight, atol=1e-3):
-        raise RecipeError(f"capture_weights: {method}: bitsandbytes does not round trip on {device}: {advice}")
+        raise RecipeError(f"{wanted}: bitsandbytes does not round trip on {device}: {advice}")
 
 
 def pack(method: str, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +95,11 @@ def unpack(method: str, codes: Tensor, scales: Tensor, shape: tuple[int, ...], d
     padded = (1, 2 * len(codes))
     state = library.QuantState(scales, shape=padded, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
     return library.dequantize_4bit(codes.view(-1, 1), state).flatten()[: shape[0] * shape[1]].view(shape)
+
+
+def nf4_values() -> Tensor:
+    """The 16 values of a code, fp32, as they lie beside a stored weight."""
+    return _library().get_4bit_type("nf4", device="cpu")
 
 
 def version() -> str:
