@@ -13,12 +13,12 @@ from streammerge.mergekit.config import DTYPES, base_of, parts
 MERGEKIT = os.environ.get("STREAMMERGE_MERGEKIT", "")  # the Python of an environment of its own
 
 
-def oracle(texts: list[str], directory: Path) -> list[dict]:
-    """What mergekit plans for each configuration."""
+def oracle(texts: list[str], directory: Path, *what: str) -> list[dict]:
+    """What mergekit plans for each configuration, or what the script's argument says."""
     script = Path(__file__).parent / "parity/mergekit_plans.py"
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     quiet.pop("PYTHONPATH", None)
-    done = subprocess.run([MERGEKIT, str(script)], input=json.dumps(texts), cwd=directory, env=quiet, text=True,
+    done = subprocess.run([MERGEKIT, str(script), *what], input=json.dumps(texts), cwd=directory, env=quiet, text=True,
                           capture_output=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -41,10 +41,11 @@ def save(path: Path, tensors: dict[str, torch.Tensor], **config) -> Path:
 
 
 def stand_in(
-    path: Path, layers: int = 5, *, head: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32, **config
-) -> Path:
+    path: Path, layers: int = 5, *, head: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32,
+    vocabulary: int = VOCABULARY, **config,
+) -> Path:  # fmt: skip
     """A small random Llama at `path`."""
-    tensors = llama_tensors(layers, head=head, seed=seed)
+    tensors = llama_tensors(layers, vocabulary, head, seed=seed)
     return save(path, {name: t.to(dtype) for name, t in tensors.items()}, **config)
 
 

@@ -1,6 +1,7 @@
 """Runs under mergekit's own Python: its planner's answer for each configuration of a JSON list, as JSON on stdout.
 
 For every tensor of the output: the models in order with the tensors that are read, the base, all resolved parameters.
+With the argument `vocabulary`: embeddings and heads as it permutes them, in the file mergekit.safetensors.
 """
 
 import json
@@ -12,6 +13,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import MergeOptions, _model_out_config
 from mergekit.plan import MergePlanner
+from mergekit.tokenizer import PermutedVocabulary
+from safetensors.torch import save_file
 
 
 def plan(text):
@@ -37,9 +40,28 @@ def plan(text):
     return {"tensors": planned, "layers": out.num_hidden_layers}
 
 
+def vocabulary(text):
+    """The inputs of embedding and head, permuted, into one file of tensors 'MODEL/TENSOR'; the output's vocabulary."""
+    config = MergeConfiguration.model_validate(yaml.safe_load(text))
+    options = MergeOptions()
+    arch = get_architecture_info(config, options)
+    LoaderCache().setup(options=options)
+    planner = MergePlanner(config, arch, options=options, out_model_config=_model_out_config(config, arch))
+    planner._plan()
+    info, tensors = planner._tokenizer_task.execute(), {}
+    for weight, task in planner._tensors:
+        if isinstance(task.gather_tensors, PermutedVocabulary):
+            gather = task.gather_tensors.gather_tensors
+            loaded = gather.execute(**{key: load.execute() for key, load in gather.arguments().items()})
+            for model, tensor in task.gather_tensors.execute(tokenizer_info=info, tensors=loaded).items():
+                tensors[f"{model}/{weight.name}"] = tensor
+    save_file(tensors, "mergekit.safetensors")
+    return info.tokenizer.get_vocab()
+
+
 def attempt(text):
     try:
-        return plan(text)
+        return vocabulary(text) if sys.argv[1:] == ["vocabulary"] else plan(text)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 

@@ -10,10 +10,14 @@ import random
 import sys
 
 import pytest
+import torch
 import yaml
 from mergekit_oracle import MERGEKIT, compare, oracle, ours
-from stand_ins import stand_in
+from safetensors.torch import load_file
+from stand_ins import save_words, stand_in
 
+from streammerge.jobs import mapped_rows
+from streammerge.mergekit import make_tensor_plan, parse_config
 from streammerge.mergekit.config import DTYPES
 from streammerge.methods import METHODS
 
@@ -117,6 +121,50 @@ def test_random_configurations_resolve_as_mergekit_resolves_them(folder):
         compare(text, ours(text, folder), theirs)
         methods.add(yaml.safe_load(text)["merge_method"])
     assert methods == set(METHODS)
+
+
+WORDS = [f"w{i}" for i in range(40)]
+LENT = {  # how the output's vocabulary is asked for, and whose it is
+    "base": ("merge_method: ties\nbase_model: a\nmodels: [{model: b}, {model: c}]\ntokenizer_source: base\n", "a"),
+    "a model": ("merge_method: ties\nbase_model: a\nmodels: [{model: b}, {model: c}]\ntokenizer_source: c\n", "c"),
+    "no base": ("merge_method: linear\nmodels: [{model: a}, {model: b}, {model: c}]\ntokenizer: {source: b}\n", "b"),
+    "base as an input": ("merge_method: linear\nbase_model: c\nmodels: [{model: a}, {model: b}]\n"
+                         "tokenizer_source: b\n", "b"),
+    "slerp": ("merge_method: slerp\nbase_model: b\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\n"
+              "tokenizer_source: a\n", "a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["", "bfloat16"])
+@pytest.mark.parametrize("name", LENT)
+def test_rows_are_mapped_as_mergekit_permutes_them(name, dtype, tmp_path):
+    """Vocabularies that overlap in part and number their tokens differently; 16-bit models beside a 32-bit one."""
+    text, lender = LENT[name]
+    text += "" if "parameters" in text else "parameters: {weight: 1}\n"
+    text += f"dtype: {dtype}\n" if dtype else ""
+    shuffled = random.Random(3).sample(WORDS, 40)
+    words = {"a": WORDS[:30], "b": shuffled[:34], "c": shuffled[12:]}
+    for seed, (model, known) in enumerate(words.items()):
+        stored = torch.float32 if model == "a" else torch.bfloat16
+        stand_in(tmp_path / model, 1, head=model != "b", seed=seed, dtype=stored, vocab_size=40, vocabulary=40)
+        save_words(tmp_path / model, known)
+    (vocabulary,) = oracle([text], tmp_path, "vocabulary")
+    theirs = load_file(tmp_path / "mergekit.safetensors")
+    plan = make_tensor_plan(parse_config(text, "c.yml", tmp_path))
+    assert vocabulary == {word: i for i, word in enumerate(words[lender])}
+    assert plan.config["vocab_size"] == len(vocabulary)
+    seen = set()
+    for job in plan.jobs:
+        if job.out.name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert job.out.shape == (len(vocabulary), 8)
+            for source in (*job.sources, *([job.base] if job.base else [])):
+                key = f"{source.checkpoint.path.name}/{job.out.name}"
+                half = len(vocabulary) // 2
+                mine = torch.cat([mapped_rows(source, 0, half, theirs[key].dtype),
+                                  mapped_rows(source, half, len(vocabulary), theirs[key].dtype)])  # fmt: skip
+                assert torch.equal(mine, theirs[key]), key
+                seen.add(key)
+    assert seen == set(theirs)
 
 
 if __name__ == "__main__":
