@@ -30,11 +30,14 @@ class Batch:
 
 
 def make_batches(samples: Sequence[HasIds], tokens_per_batch: int) -> list[Batch]:
-    """Shortest first (stable), samples x longest <= `tokens_per_batch`; a sample longer than that runs alone."""
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
+    """Longest first (stable), samples x longest <= `tokens_per_batch`; a sample longer than that runs alone.
+
+    What comes last is short, so that workers end together.
+    """
+    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].ids))
     groups: list[list[int]] = []
-    for i in order:  # ascending, so the newcomer is the longest of its group
-        if groups and (len(groups[-1]) + 1) * len(samples[i].ids) <= tokens_per_batch:
+    for i in order:  # descending, so the first is the longest of its group
+        if groups and (len(groups[-1]) + 1) * len(samples[groups[-1][0]].ids) <= tokens_per_batch:
             groups[-1].append(i)
         else:
             groups.append([i])

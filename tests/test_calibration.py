@@ -436,7 +436,7 @@ def test_batches_keep_the_budget_and_every_sample(plain, tmp_path):
             for row, (i, length) in enumerate(zip(batch.samples, batch.lengths, strict=True)):
                 assert tuple(batch.ids[row, :length].tolist()) == samples[i].ids
         lengths = [length for b in batches for length in b.lengths]
-        assert lengths == sorted(lengths)
+        assert lengths == sorted(lengths, reverse=True)
         again = make_batches(samples, budget)
         assert [b.samples for b in again] == [b.samples for b in batches]
     assert len(make_batches(samples, 10**6)) == 1 and len(make_batches(samples, 1)) == 25
