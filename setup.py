@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["streammerge", "streammerge.io", "streammerge.demo", "streammerge.bench", "streammerge.planning",
-              "streammerge.mergekit", "streammerge.kernels"],
+              "streammerge.release", "streammerge.mergekit", "streammerge.kernels"],
     package_dir={"streammerge": "streammerge", "streammerge.kernels": "kernels"},
     package_data={
         "streammerge": ["families/*.json", "py.typed"],
@@ -36,7 +36,8 @@ setup(
         "gpu": ["triton>=3.6; platform_system == 'Linux'"],  # torch's CUDA builds bring it
         "quantized": ["bitsandbytes>=0.50"],
         "test": ["pytest>=8", "ruff>=0.14", "gguf>=0.17", "accelerate>=1.10", "setuptools>=77", "hypothesis>=6.100",
-                 "bitsandbytes>=0.50", "triton>=3.6; platform_system == 'Linux'"],
+                 "bitsandbytes>=0.50", "cyclonedx-python-lib[json-validation]>=11",
+                 "triton>=3.6; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["streammerge=streammerge.cli:main"]},
 )

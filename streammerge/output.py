@@ -5,13 +5,29 @@ A plan gives its `output`; fingerprint, verification, report, manifest and relea
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .errors import RecipeError
 from .io.checkpoint import Checkpoint
 from .io.shards import OutTensor
+
+EPOCH = "SOURCE_DATE_EPOCH"
+
+
+def source_date() -> int | None:
+    """SOURCE_DATE_EPOCH, None where it is not set: no other date gets into a file. Raises RecipeError where it is no
+    count of seconds."""
+    raw = os.environ.get(EPOCH, "")
+    if not raw:
+        return None
+    if not re.fullmatch(r"[0-9]{1,11}", raw):
+        raise RecipeError(f"{EPOCH} is {raw[:40]!r}: wanted whole seconds since 1970, or the variable unset")
+    return int(raw)
 
 
 @dataclass(frozen=True)
@@ -22,7 +38,8 @@ class Output:
     `inputs`: {role: checkpoint} in the recipe's order, each checkpoint once. `donor`: the input whose tokenizer,
     template and licence are copied. `copies`: {tensor of the output: the input and the name of the tensor whose bytes
     it has}; all others are computed. `sides`: {file name: the file that is copied, or the bytes that are written}.
-    `calibration`: {kind: path}. `mergekit`: a mergekit recipe as its user wrote it, '' for our own.
+    `calibration`: {kind: path}. `mergekit`: a mergekit recipe as its user wrote it, '' for our own. `date`: what its
+    files may give as theirs, in seconds since 1970.
     """
 
     method: str
@@ -39,6 +56,7 @@ class Output:
     hashed: bool = True  # manifest, SHA256SUMS and what is made of hashes
     card: bool = True
     sbom: bool = True
+    date: int | None = field(default_factory=source_date)
 
     @property
     def decoded(self) -> list[str]:

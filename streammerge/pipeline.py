@@ -126,6 +126,7 @@ def _merge(
                 "calibration": data.notes | {"heldout": len(data.heldout)},
                 "verified": verify_output(plan.output, out),
                 "device": str(where),
+                "threads": torch.get_num_threads(),
                 "compute_dtype": str(dtype).removeprefix("torch."),
                 "kernels": kernels.ran(),
                 "plan": estimate.as_dict(),

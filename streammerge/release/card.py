@@ -72,19 +72,25 @@ def _title(facts: Facts) -> str:
 
 
 def _what(facts: Facts) -> str:
-    told, tensors = facts.result, facts.result["tensors"]
+    tensors = facts.result["tensors"]
     donor = _code(facts.shown(facts.output.donor.role))
     others = ", ".join(_code(name) for name, side in facts.output.sides.items() if not isinstance(side, bytes))
     if facts.output.method == "rain":
         how = ("Made by [RAIN-Merging](https://arxiv.org/abs/2602.22538): the task vector of the instruction-tuned "
                "model is added to the reasoning model, projected onto the null space of the features at the thinking "
-               f"tokens and scaled per attention head, with λ = {told['recipe']['lambda']}.")  # fmt: skip
+               f"tokens and scaled per attention head, with λ = {_lambda(facts)}.")  # fmt: skip
     elif facts.output.mergekit:
         how = f"Made by the method {_code(facts.output.method)}, without data."
     else:
-        how = f"Made by task arithmetic: θ_R + λ (θ_I − θ_B), λ = {told['recipe']['lambda']}, without projection."
+        how = f"Made by task arithmetic: θ_R + λ (θ_I − θ_B), λ = {_lambda(facts)}, without projection."
     return (f"{how} {tensors['merged']} tensors are merged, {tensors['copied']} are byte copies. Byte copies of "
             f"files of {donor}: {others}.")  # fmt: skip
+
+
+def _lambda(facts: Facts) -> str:
+    """A number, or a word for the recipe's gradients and filters."""
+    value = facts.output.recipe["lambda"]
+    return str(value) if isinstance(value, (int, float)) else "as the recipe has it, by layer or module"
 
 
 def _calibration(facts: Facts) -> Iterator[str]:
@@ -125,6 +131,8 @@ def _again(facts: Facts) -> Iterator[str]:
     if tokens or told["device"] != "cpu":  # layers ran: their last bits follow the device, its threads
         command += f" --device {told['device'].partition(':')[0]}"
         command += f" --threads {told['threads']}" if told.get("threads") and told["device"] == "cpu" else ""
+    if told.get("seed") is not None:
+        command += f" --seed {told['seed']}"
     versions = {"streammerge": told["streammerge"], **told["versions"]}
     yield from ("", "## How to make it again", "", *_fenced("bash", command), "")
     yield (f"with {', '.join(f'{name} {version}' for name, version in versions.items())}, on "
@@ -132,8 +140,8 @@ def _again(facts: Facts) -> Iterator[str]:
     if facts.output.hashed:
         yield ("`streammerge_manifest.json` has the revisions, sizes and header hashes of the inputs, and size and "
                "SHA256 of every file here: `sha256sum -c SHA256SUMS` or `streammerge verify` compares them.")
-    if facts.date is not None:
-        yield f"\nDate: {time.strftime('%Y-%m-%d', time.gmtime(facts.date))}."
+    if facts.output.date is not None:
+        yield f"\nDate: {time.strftime('%Y-%m-%d', time.gmtime(facts.output.date))}."
 
 
 def _as_id(name: str) -> str:

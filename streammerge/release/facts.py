@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
 from ..io.checkpoint import Checkpoint
 from ..output import Output
 from .licence import Licence, Stated, of_merge, stated
-
-EPOCH = "SOURCE_DATE_EPOCH"
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,6 @@ class Facts:
     result: Mapping[str, Any]
     licence: Licence
     stated: Mapping[str, Stated]  # by role
-    date: int | None  # seconds since 1970, where the environment gives them
 
     def shown(self, role: str) -> str:
         """An input's Hub id, or the last part of its path."""
@@ -35,24 +31,14 @@ class Facts:
 
 
 def gather(output: Output, manifest: Mapping[str, Any], result: Mapping[str, Any]) -> Facts:
-    """The facts of a finished merge. Raises RecipeError for a date that is none."""
+    """The facts of a finished merge."""
     each = {role: stated(checkpoint) for role, checkpoint in output.inputs.items()}
     names = {role: told.get("repo") or told["name"] for role, told in manifest["inputs"].items()}
     unique = {names[role] if list(names.values()).count(names[role]) == 1 else f"{names[role]} ({role})": role
               for role in names}  # fmt: skip
     licence = of_merge({shown: each[role] for shown, role in unique.items()},
                        next(shown for shown, role in unique.items() if role == output.donor.role))  # fmt: skip
-    return Facts(output, manifest, result, licence, each, source_date())
-
-
-def source_date() -> int | None:
-    """SOURCE_DATE_EPOCH, None where it is not set. Raises RecipeError where it is no count of seconds."""
-    raw = os.environ.get(EPOCH, "")
-    if not raw:
-        return None
-    if not re.fullmatch(r"[0-9]{1,11}", raw):
-        raise RecipeError(f"{EPOCH} is {raw[:40]!r}: wanted whole seconds since 1970, or the variable unset")
-    return int(raw)
+    return Facts(output, manifest, result, licence, each)
 
 
 def origin(path: Path) -> dict[str, str]:

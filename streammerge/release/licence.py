@@ -65,7 +65,7 @@ def stated(checkpoint: Checkpoint) -> Stated:
     card = _metadata(folder)
     licence = card.get("license")
     licence = licence[0] if isinstance(licence, list) and len(licence) == 1 else licence
-    if isinstance(licence, str) and _plain(licence):
+    if isinstance(licence, str) and re.fullmatch(r"[A-Za-z0-9.+_-]{1,60}", licence):
         more = {key: card[f"license_{key}"] for key in ("name", "link") if _plain(card.get(f"license_{key}"))}
         return Stated(licence.lower(), more.get("name", ""), more.get("link", ""), "README.md", files)
     texts = [name for name in files if name.lower().startswith(("licen", "copying"))]

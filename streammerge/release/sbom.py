@@ -38,8 +38,8 @@ def sbom(facts: Facts) -> bytes:
         "components": [*files, *sets],
         "dependencies": [{"ref": model["bom-ref"], "dependsOn": [part["bom-ref"] for part in (*files, *sets)]}],
     }
-    if facts.date is not None:
-        bom["metadata"]["timestamp"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(facts.date))
+    if facts.output.date is not None:
+        bom["metadata"]["timestamp"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(facts.output.date))
     bom["serialNumber"] = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(bom, sort_keys=True)).urn
     return json.dumps(bom, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
