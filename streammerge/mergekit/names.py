@@ -17,7 +17,7 @@ from ..io.checkpoint import Checkpoint, TensorInfo
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|layer|blocks|block|h)\.)(\d{1,5})\.(.+)")
 _BEFORE = re.compile(r"emb|(^|\.)wte\.|(^|\.)wpe\.|relative_pe|(^|\.)shared\.")
 _VOCABULARY = re.compile(r"(^|\.)(embed_tokens|embed_in|embed_out|wte|tok_embeddings|word_embeddings|embeddings|shared|"
-                         r"lm_head|output|output_layer)\.(weight|bias)")  # fmt: skip
+                         r"lm_head|lm_head\.linear|output|output_layer)\.(weight|bias)")  # fmt: skip
 _HEAD = re.compile(r"(^|\.)(lm_head|output)\.weight")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings)\.weight")
 # buffers of older checkpoints that every model computes from its config when it is loaded

@@ -1,7 +1,8 @@
 """Runs under mergekit's own Python: its planner's answer for each configuration of a JSON list, as JSON on stdout.
 
 For every tensor of the output: the models in order with the tensors that are read, the base, all resolved parameters.
-With the argument `vocabulary`: embeddings and heads as it permutes them, in the file mergekit.safetensors.
+With the argument `vocabulary`: embeddings and heads as it permutes them, in the file mergekit.safetensors; with
+`names`: what its tables of architectures say of tensors' names.
 """
 
 import json
@@ -9,6 +10,7 @@ import sys
 
 import yaml
 from mergekit.architecture import get_architecture_info
+from mergekit.architecture.json_definitions import JSON_ARCHITECTURES
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import MergeOptions, _model_out_config
@@ -59,9 +61,27 @@ def vocabulary(text):
     return info.tokenizer.get_vocab()
 
 
+def names(_):
+    """{architecture: tensors before the layers and whether their rows are tokens, those of layer 7, those after}, of
+    the causal language models that are one stack."""
+    found = {}
+    for arch in JSON_ARCHITECTURES:
+        causal = all(name.endswith(("ForCausalLM", "LMHeadModel")) for name in arch.architectures)
+        if causal and len(arch.modules) == 1:
+            (module,) = arch.modules.values()
+            told = module.architecture.definition
+            if any("layer" in w.name.split(".")[0] for w in told.pre_weights):
+                continue  # old phi code, which numbers the embedding and the head as layers too
+            tokens = [{w.name: w.vocabulary_axis == 0 for w in ws} for ws in (told.pre_weights, told.post_weights)]
+            layer = [w.name.replace("${layer_index}", "7") for w in told.layer_templates.weights]
+            found[f"{arch.architectures[0]} {arch.expected_model_type}"] = [tokens[0], layer, tokens[1]]
+    return found
+
+
 def attempt(text):
+    answer = {"vocabulary": vocabulary, "names": names}.get(sys.argv[-1], plan)
     try:
-        return vocabulary(text) if sys.argv[1:] == ["vocabulary"] else plan(text)
+        return answer(text)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 

@@ -16,9 +16,11 @@ from mergekit_oracle import MERGEKIT, compare, oracle, ours
 from safetensors.torch import load_file
 from stand_ins import save_words, stand_in
 
+from streammerge.io.checkpoint import Checkpoint, TensorInfo
 from streammerge.jobs import mapped_rows
 from streammerge.mergekit import make_tensor_plan, parse_config
 from streammerge.mergekit.config import DTYPES
+from streammerge.mergekit.names import is_before, is_vocabulary, sort_out
 from streammerge.methods import METHODS
 
 pytestmark = pytest.mark.skipif(not MERGEKIT, reason="STREAMMERGE_MERGEKIT (mergekit's Python) is not set")
@@ -165,6 +167,24 @@ def test_rows_are_mapped_as_mergekit_permutes_them(name, dtype, tmp_path):
                 assert torch.equal(mine, theirs[key]), key
                 seen.add(key)
     assert seen == set(theirs)
+
+
+def test_names_mean_what_mergekit_s_tables_of_architectures_say(tmp_path):
+    """Which tensors come before the layers, which hold a row for every token, and where a layer's number stands."""
+    (tables,) = oracle(["{}"], tmp_path, "names")
+    assert len(tables) > 30
+    for table, (before, inside, after) in tables.items():
+        for name, is_vocabulary_there in (*before.items(), *after.items()):
+            assert is_before(name) is (name in before), (table, name)
+            assert is_vocabulary(name) is is_vocabulary_there, (table, name)
+        for name in inside:
+            info = TensorInfo(name, "F32", (2,), tmp_path, 0, 8)
+            names = sort_out(Checkpoint(tmp_path, "x", {name: info}, {}))
+            if names.computed:
+                assert name.endswith("inv_freq") or "bias" in name, (table, name)
+                continue
+            ((prefix, layers),) = names.stacks.items()
+            assert f"{prefix}7.{min(layers[7])}" == name, (table, name)
 
 
 if __name__ == "__main__":
