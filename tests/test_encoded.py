@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -197,6 +199,17 @@ def test_decoding_holds_a_piece(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 << 20
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8", "fp8"])
+def test_reading_imports_no_torch(forms, form):
+    """Its import is 200 MB and a second, more than a plain merge of a small model takes."""
+    code = (
+        "import sys; from pathlib import Path; from streammerge.io.encoded import open_model\n"
+        f"found = open_model(Path({str(forms[form])!r}), 'lrm'); name = next(iter(found.encoded))\n"
+        "found.read_into(name, memoryview(bytearray(64)), 0); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_damaged_scale_shows(forms, tmp_path):

@@ -126,7 +126,7 @@ def _four_bit(stored: Checkpoint, name: str, state: TensorInfo, kind: str) -> tu
     if state.nbytes > _STATE_LIMIT or state.dtype != "U8":
         raise Unreadable(f"{state.name}: {state.dtype} of {state.nbytes} bytes, wanted a short JSON text as U8")
     try:
-        said = strict_json(stored.read(state.name).numpy().tobytes())
+        said = strict_json(_reader(stored)(state, 0, state.nbytes).tobytes())
     except ValueError as error:
         raise Unreadable(f"{state.name}: is not valid JSON: {error}") from None
     block, shape, dtype = said.get("blocksize"), said.get("shape"), str(said.get("dtype"))
@@ -162,7 +162,7 @@ def _int8(stored: Checkpoint, stem: str, scale: TensorInfo) -> Tiled:
     if scale.dtype != "F32" or scale.nbytes != 4 * weight.shape[0]:
         raise Unreadable(f"{scale.name}: is {scale.dtype} {list(scale.shape)}; wanted F32 [{weight.shape[0]}]")
     layout = stored.tensors.get(f"{stem}.weight_format")
-    if layout is not None and layout.nbytes == 1 and stored.read(layout.name).item() != 0:
+    if layout is not None and layout.nbytes == 1 and _reader(stored)(layout, 0, 1)[0] != 0:
         raise Unreadable(f"{layout.name}: the codes are laid out for one kind of GPU (col32, col_turing, col_ampere): "
                          "load the model in transformers and save it again, which writes rows")
     values = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
