@@ -60,6 +60,7 @@ def with_budget(
     tokens_per_batch: int | None = None,
     scratch_dir: str | None = None,
     scratch_space: str | None = None,
+    shard_size: str | None = None,
 ) -> Recipe:
     """A recipe, read where it is a path, with what is given here in place of its own. Raises RecipeError."""
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -68,7 +69,8 @@ def with_budget(
         "scratch_dir": scratch_dir, "scratch_space": scratch_space,
     }  # fmt: skip
     budget = dataclasses.replace(recipe.budget, **{k: v for k, v in given.items() if v is not None})
-    return dataclasses.replace(recipe, budget=budget, lam=recipe.lam if lam is None else lam)
+    own = {k: v for k, v in {"lam": lam, "shard_size": shard_size}.items() if v is not None}
+    return dataclasses.replace(recipe, budget=budget, **own)
 
 
 def merge(
@@ -87,7 +89,8 @@ def merge(
     this very merge unfinished.
 
     `progress`: a callback that hears of every Step, or a Progress; `budget`: device_memory, host_memory (sizes such as
-    "8GiB"), tokens_per_batch, scratch_dir, scratch_space, lam, in place of the recipe's; the others: merging.merge.
+    "8GiB"), tokens_per_batch, scratch_dir, scratch_space, lam, shard_size, in place of the recipe's; the others:
+    merging.merge.
     Raises StreamMergeError; `out` then holds nothing, or what was saved for a resume.
     """
     from .merging import merge as merge_resolved

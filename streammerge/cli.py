@@ -28,7 +28,8 @@ def _progress(args: argparse.Namespace):
     return Progress("quiet" if args.quiet else "json" if args.log_format == "json" else "auto")
 
 
-_BUDGET = ("lam", "device_memory", "host_memory", "tokens_per_batch", "scratch_dir", "scratch_space")
+_BUDGET = ("lam", "device_memory", "host_memory", "tokens_per_batch", "scratch_dir", "scratch_space",
+           "shard_size")
 
 
 def _recipe(args: argparse.Namespace):

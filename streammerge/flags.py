@@ -158,6 +158,7 @@ def _add_merge_flags(to: argparse.ArgumentParser, out: str | None) -> None:
     to.add_argument("--scratch-dir", metavar="DIR", help="where activations go that the host has no room for "
                     "(default: OUT)")
     to.add_argument("--scratch-space", type=_size, metavar="SIZE", help="the most that they may take there")
+    to.add_argument("--shard-size", type=_size, metavar="SIZE", help="largest file of weights (default: recipe's)")
     to.add_argument("--lambda", dest="lam", type=_finite, metavar="λ", help="override the recipe's lambda")
     to.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice; all cores "
                     "for a merge without calibration)")

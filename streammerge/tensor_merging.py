@@ -44,7 +44,7 @@ def request(recipe: Request | str | Path, **budget: Any) -> Request | None:
     if not isinstance(recipe, Request) and not is_mergekit(recipe):
         return None
     given = {key: value for key, value in budget.items() if value is not None}
-    idle = sorted("lambda" if key == "lam" else key for key in given if key != "host_memory")
+    idle = sorted("lambda" if key == "lam" else key for key in given if key not in ("host_memory", "shard_size"))
     if idle:
         raise RecipeError(f"{recipe}: {', '.join(idle)}: not for a mergekit configuration, which runs no layers and "
                           "says everything else itself: leave it out")

@@ -59,7 +59,7 @@ def _body(facts: Facts) -> Iterator[str]:
     yield from ("", f"Licence: {_text(facts.licence.why)}")
     yield from _calibration(facts)
     yield from _measured(facts)
-    recipe = facts.output.mergekit or yaml.safe_dump(facts.manifest["recipe"], sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(facts.manifest["recipe"], sort_keys=False, allow_unicode=True)
     yield from ("", "## Recipe", "", *_fenced("yaml", recipe))
     yield from _again(facts)
 
@@ -131,7 +131,7 @@ def _again(facts: Facts) -> Iterator[str]:
     if tokens or told["device"] != "cpu":  # layers ran: their last bits follow the device, its threads
         command += f" --device {told['device'].partition(':')[0]}"
         command += f" --threads {told['threads']}" if told.get("threads") and told["device"] == "cpu" else ""
-    if told.get("seed") is not None:
+    if told.get("seed"):
         command += f" --seed {told['seed']}"
     versions = {"streammerge": told["streammerge"], **told["versions"]}
     yield from ("", "## How to make it again", "", *_fenced("bash", command), "")
