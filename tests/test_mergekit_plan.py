@@ -70,7 +70,7 @@ slices:
         parameters: {weight: {filter: q_proj, value: 5}}
       - {model: c, layer_range: [0, 2]}
     parameters:
-      weight: {filter: mlp, value: 7}
+      weight: [{filter: mlp, value: 7}, {filter: q_proj, value: 6}]
       normalize: false
 parameters:
   weight: 9
@@ -80,7 +80,7 @@ parameters:
     def weights(name):
         return [s.parameters["weight"] for s in found[name].sources]
 
-    assert weights("model.layers.1.self_attn.q_proj.weight") == [5, 9]
+    assert weights("model.layers.1.self_attn.q_proj.weight") == [5, 6]
     assert weights("model.layers.1.mlp.up_proj.weight") == [7, 7]
     assert weights("model.embed_tokens.weight") == [9, 9]
     assert not any(job.parameters["normalize"] for job in found.values())
@@ -234,7 +234,7 @@ def test_models_that_cannot_be_merged_at_all(tmp_path, folder):
     stand_in(tmp_path / "m", 3, model_type="mistral")
     stand_in(tmp_path / "long", 4)
     linear = "merge_method: linear\nmodels: [{model: a}, {model: %s}]\nparameters: {weight: 1}\n"
-    assert "is quantized" in refused(linear % "q", tmp_path)
+    assert "full-precision" in refused(linear % "q", tmp_path)
     assert "model_type 'mistral', models[0].model has 'llama'" in refused(linear % "m", tmp_path)
     message = refused(linear % "long", tmp_path)
     assert "not as many in all models (a has 3, long has 4): choose them with slices and layer_range" in message
@@ -242,6 +242,14 @@ def test_models_that_cannot_be_merged_at_all(tmp_path, folder):
     assert "slices[1].sources[0].layer_range ends at 6; a has 5 layers" in message
     message = refused(linear % "org/gone" + "base_model: lost\n", tmp_path)
     assert "org/gone" in message and "lost" in message and "c.yml:2" in message
+
+
+def test_eight_bit_floats_are_refused_though_all_models_have_them(tmp_path):
+    tensors = llama_tensors(1) | {"model.norm.weight": torch.ones(8).to(torch.float8_e4m3fn)}
+    for name in "ac":
+        save(tmp_path / name, tensors)
+    message = refused(slerp("0.5"), tmp_path)
+    assert "model.norm.weight" in message and "is F8_E4M3; give a checkpoint in BF16, F16, F32, F64" in message
 
 
 def test_parameters_that_fit_only_some_tensors(folder):
