@@ -197,7 +197,8 @@ def test_files_and_their_kinds(tmp_path):
     file = tmp_path / "c.yml"
     for text, wanted in ((TIES, True), (PASS, True), ("merge_method: rain\nreasoning_model: x\nmodels: []\n", False),
                          ("merge_method: task_arithmetic\ninstruct_model: x\n", False), ("experts: []\n", True),
-                         ("modules: {}\n", True)):  # fmt: skip
+                         ("modules: {}\n", True), ("{merge_method: slerp, models: []}\n", True),
+                         ("merge_method: slerp\nmodels: []\n---\nx: 1\n", True)):  # fmt: skip
         file.write_text(text)
         assert is_mergekit(file) is wanted, text
     assert is_mergekit(tmp_path / "absent.yml") is False

@@ -159,6 +159,8 @@ def test_a_model_that_ties_its_head_gives_its_embedding(folder):
     assert swapped.config["tie_word_embeddings"] is False  # b says true, and would lose the head
     assert "tie_word_embeddings set to false" in swapped.warnings[0]
     assert "lm_head.weight" not in jobs(passed(("b", 0, 5)), folder)
+    lent = plan("base_model: a\n" + passed(("b", 0, 5)), folder)  # a says false, and its head would be random
+    assert lent.config["tie_word_embeddings"] is True and "tie_word_embeddings set to true" in lent.warnings[0]
 
 
 def test_dtypes_are_promoted_cast_or_written_as_asked(tmp_path):
@@ -262,10 +264,11 @@ def test_parameters_that_fit_only_some_tensors(folder):
     assert "(model.layers.4." in refused(linear, folder, RecipeError)
     assert plan(plain + "parameters: {weight: 0, normalize: false}\n", folder).jobs
     della = "merge_method: della\nbase_model: a\nmodels: [{model: c}]\n"
-    della += "parameters: {weight: 1, density: 0.5, epsilon: %s}\n"
-    says = "density 0.5 and epsilon 0.5: density ± epsilon must lie between 0 and 1"
-    assert says in refused(della % 0.5, folder, RecipeError)
-    assert plan(della % 0.4, folder).jobs
+    della += "parameters: {weight: 1, density: %s, epsilon: %s}\n"
+    for density, epsilon in ((0.75, 0.25), (0.25, 0.25)):
+        says = f"density {density} and epsilon {epsilon}: density ± epsilon must lie between 0 and 1"
+        assert says in refused(della % (density, epsilon), folder, RecipeError)
+    assert plan(della % (0.5, 0.4), folder).jobs and plan(della % (1, 0.4), folder).jobs
     karcher = "merge_method: karcher\nmodels: [{model: a}, {model: c}]\nparameters: {max_iter: [1, 2]}"
     assert "max_iter: wanted a whole number below 2**63 in every layer" in refused(karcher, folder, RecipeError)
 

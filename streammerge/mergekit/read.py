@@ -49,8 +49,11 @@ def is_mergekit(recipe: str | Path | yaml.MappingNode) -> bool:
         keys = {key.value for key, _ in recipe.value if isinstance(key, yaml.ScalarNode)}
     else:
         try:
-            keys = set(re.findall(r"^([a-z_]+)\s*:", read_limited(Path(recipe), TEXT_LIMIT), re.MULTILINE))
+            text = read_limited(Path(recipe), TEXT_LIMIT)
+            return is_mergekit(compose(text, str(recipe)))
         except (OSError, UnicodeDecodeError):
             return False
+        except RecipeError:  # several documents, or a fragment: their lines tell
+            keys = set(re.findall(r"^([a-z_]+)\s*:", text, re.MULTILINE))
     known = {"models", "slices", "modules", "experts", "genome", "tokenizer_source", "tokenizer", "chat_template"}
     return bool(keys & known) and not keys & {"reasoning_model", "instruct_model"}

@@ -85,7 +85,8 @@ def _set_layers(config: Config, out: dict[str, Any], models: dict[Reference, Nam
 
 
 def _set_tie(out: dict[str, Any], models: dict[Reference, Names], slots: list[Slot], warnings: list[str]) -> None:
-    """A head of its own must not be said to be tied: it would be read from the embedding."""
+    """A head of its own must not be said to be tied: it would be read from the embedding. One that is not there must
+    be: it would be random."""
     heads = {head for names in models.values() for head in names.heads}
     for slot in slots:
         if slot.name in heads and out.get("tie_word_embeddings"):
@@ -93,6 +94,11 @@ def _set_tie(out: dict[str, Any], models: dict[Reference, Names], slots: list[Sl
             if any(key == slot.name and not c.config.get("tie_word_embeddings") for c, key in inputs):
                 warnings.append(f"{slot.name} is written and tie_word_embeddings set to false: not all models tie them")
                 out["tie_word_embeddings"] = False
+    lenders = [models[item.model].checkpoint for item in slots[-1].part.sources]
+    if not any(slot.name in heads for slot in slots) and not out.get("tie_word_embeddings"):
+        if any(checkpoint.config.get("tie_word_embeddings") for checkpoint in lenders):
+            warnings.append("tie_word_embeddings set to true: no head is written, as in the models that lend layers")
+            out["tie_word_embeddings"] = True
 
 
 def side_sources(
@@ -108,7 +114,7 @@ def side_sources(
     if vocabulary and vocabulary.path != donor.path:
         sides = {name: file for name, file in sides.items() if name not in _TOKENIZER}
         sides |= {file.name: file for file in side_files(vocabulary.path) if file.name in _TOKENIZER}
-    if content != donor.config:
+    if content != donor.config or donor.rewritten:
         sides["config.json"] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     if config.chat_template:
         paths = [checkpoint.path for checkpoint in models.values()]
