@@ -24,6 +24,13 @@ from streammerge.release.licence import Stated, of_merge, stated
 REPORT, MANIFEST = "streammerge_report.json", "streammerge_manifest.json"
 CARD, CONFIG, SBOM = "README.md", "streammerge_config.yml", "streammerge_sbom.cdx.json"
 PLAIN = {"merge_method": "task_arithmetic"}
+MERGEKIT = """# kept as it is
+merge_method: nuslerp
+models:
+- {model: lrm, parameters: {weight: 0.7}}
+- {model: './itm/', parameters: {weight: [0.3, 0.1]}}
+dtype: float32
+"""
 APACHE = "                              Apache License\n                        Version 2.0, January 2004\n   terms"
 
 
@@ -51,15 +58,16 @@ def home(tmp_path_factory):
     sets = {"reasoning": Path("reasoning.json"), "instruction": Path("instruction.jsonl")}
     (root / "rain.yml").write_text(recipe_text(relative, sets, shard_size="60KB"))
     (root / "plain.yml").write_text(recipe_text(relative, None, **PLAIN))
+    (root / "mergekit.yml").write_text(MERGEKIT)
     return root
 
 
 @pytest.fixture(scope="module")
 def merged(home):
     """{name: OUT}; not to be changed."""
-    for name in ("rain", "plain"):
+    for name in ("rain", "plain", "mergekit"):
         merge(home / f"{name}.yml", home / name)
-    return {name: home / name for name in ("rain", "plain")}
+    return {name: home / name for name in ("rain", "plain", "mergekit")}
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -69,7 +77,7 @@ def files(out: Path) -> dict[str, bytes]:
 # ---- the same bytes
 
 
-@pytest.mark.parametrize("name", ["rain", "plain"])
+@pytest.mark.parametrize("name", ["rain", "plain", "mergekit"])
 def test_two_runs_differ_in_the_report_alone(home, merged, tmp_path, name):
     """Another process, another seed of Python's hashes, another directory and name of OUT."""
     again = tmp_path / "under another name"
@@ -106,6 +114,23 @@ def test_absolute_paths_stay_in_the_recipe_that_has_them(home, tmp_path):
     assert yaml.safe_load((tmp_path / "out" / CONFIG).read_text())["reasoning_model"] == str(home / "lrm")
 
 
+def test_a_mergekit_recipe_goes_out_as_it_came(merged, home):
+    out = merged["mergekit"]
+    assert (out / "mergekit_config.yml").read_text() == MERGEKIT
+    assert yaml.safe_load((out / CONFIG).read_text()) == yaml.safe_load(MERGEKIT)
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["recipe_kind"] == "mergekit" and manifest["recipe"]["models"][1]["model"] == "itm"
+    assert list(manifest["inputs"]) and {told["name"] for told in manifest["inputs"].values()} == {"lrm", "itm"}
+
+
+def test_every_kind_of_merge_is_verified(merged):
+    from streammerge.api import verify
+
+    for out in merged.values():
+        found = verify(out)
+        assert found.problems == [] and found.notes == []
+
+
 def test_paths_of_a_mergekit_recipe_are_shown_short(home):
     output = load_output(home)
     recipe = {"models": [{"model": "./lrm"}, {"model": str(home / "itm")}, {"model": "lrm"}, {"model": "org/name"}],
@@ -129,11 +154,13 @@ def test_the_card_by_the_hubs_own_library(merged, home):
     from huggingface_hub.utils import validate_repo_id
 
     sets, rain = ["reasoning.json", "instruction.jsonl"], ["rain-merging", "arxiv:2602.22538"]
-    for name, tags, data in (("rain", rain, sets), ("plain", ["task-arithmetic"], None)):
+    cases = (("rain", rain, sets), ("plain", ["task-arithmetic"], None), ("mergekit", ["nuslerp"], None))
+    for name, tags, data in cases:
         card = ModelCard.load(merged[name] / CARD)
         told = card.data.to_dict()
         assert told == metadata_load(merged[name] / CARD)
-        assert told["base_model"] == ["lrm", "itm", "org/base"] and told["base_model_relation"] == "merge"
+        assert told["base_model"] == ["lrm", "itm", "org/base"][: 2 if name == "mergekit" else 3]
+        assert told["base_model_relation"] == "merge"
         assert (told["license"], told["library_name"]) == ("apache-2.0", "transformers")
         assert told["pipeline_tag"] == "text-generation" and told["tags"] == ["merge", "streammerge", *tags]
         assert told.get("datasets") == data
@@ -189,15 +216,24 @@ def test_the_sbom_by_the_schema(merged, home):
         assert hashes == {p.name: [{"alg": "SHA-256", "content": hashlib.sha256(p.read_bytes()).hexdigest()}]
                           for p in out.glob("*.safetensors")}  # fmt: skip
         assert "timestamp" not in bom["metadata"] and model["licenses"] == [{"license": {"id": "Apache-2.0"}}]
-        base = next(a for a in model["pedigree"]["ancestors"] if a["name"] == "org/base")
+        validator_refuses(validator, bom)
+        ancestors = {a["name"]: a for a in model["pedigree"]["ancestors"]}
+        assert ancestors.keys() >= {"lrm", "itm"} and "version" not in ancestors["itm"]
+        if out.name == "mergekit":
+            continue
+        base = ancestors["org/base"]
         assert base["version"] == "ab" * 20 and base["licenses"] == [{"license": {"id": "MIT"}}]
         cache = next((home / "hub").rglob("snapshots")) / ("ab" * 20)
         for file in base["components"]:
             assert file["hashes"][0]["content"] == hashlib.sha256((cache / file["name"]).read_bytes()).hexdigest()
-        bom["metadata"]["component"]["type"] = "merge"
-        assert validator.validate_str(json.dumps(bom)) is not None, "the schema refuses nothing"
     serials = {json.loads((out / SBOM).read_text())["serialNumber"] for out in merged.values()}
-    assert len(serials) == 2
+    assert len(serials) == 3
+
+
+def validator_refuses(validator, bom):
+    """The schema is looked at at all."""
+    for change in ({"metadata": {"component": {"type": "merge", "name": "x"}}}, {"serialNumber": "1"}, {"what": 1}):
+        assert validator.validate_str(json.dumps(bom | change)) is not None, change
 
 
 # ---- dates, and what can be left out
@@ -250,6 +286,35 @@ def test_the_output_loads_and_writes(merged):
         assert not any(told.values()), told
         ids = AutoTokenizer.from_pretrained(out)("the sum of two", return_tensors="pt").input_ids
         assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False).shape[1] > 4
+
+
+def test_the_cards_command_is_one(merged):
+    from streammerge.flags import parser
+
+    for out in merged.values():
+        command = (out / CARD).read_text().split("```bash\n")[1].split("\n")[0].split()
+        assert command[0] == "streammerge" and parser().parse_args(command[1:]).recipe == Path(CONFIG)
+
+
+@pytest.mark.parametrize("name", ["plain", "mergekit"])
+def test_the_shard_size_by_flag(home, merged, tmp_path, capsys, name):
+    from safetensors import safe_open
+
+    from streammerge.cli import main
+
+    out = tmp_path / "out"
+    assert main(["merge", str(home / f"{name}.yml"), str(out), "--shard-size", "100KB", "--quiet"]) == 0
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = sorted(out.glob("*.safetensors"))
+    assert [p.name for p in shards] == [f"model-{n:05d}-of-{len(shards):05d}.safetensors"
+                                        for n in range(1, len(shards) + 1)] and len(shards) > 2  # fmt: skip
+    held = {}
+    for file in shards:
+        with safe_open(file, "pt") as stored:
+            held |= {key: (file.name, stored.get_tensor(key).nbytes) for key in stored.keys()}  # noqa: SIM118
+    assert index["weight_map"] == {key: file for key, (file, _) in held.items()}
+    assert index["metadata"] == {"total_size": sum(nbytes for _, nbytes in held.values())}
+    assert (merged[name] / "model.safetensors").exists()
 
 
 # ---- licences
