@@ -14,7 +14,7 @@ from .adapter import Adapter, is_adapter, open_adapter
 from .arch import Family, HeadLayout, family_of, head_layout
 from .errors import InputError, StreamMergeError, listed
 from .io.checkpoint import Checkpoint, resolve_model
-from .io.encoded import open_model
+from .io.encoded import notes, open_model
 from .io.shards import OutTensor
 from .output import Output
 from .recipe import Recipe, resolved
@@ -139,8 +139,9 @@ def _open_all(recipe: Recipe) -> list[Checkpoint]:
     names["base_model"] = recipe.base_model
     opened, problems = {}, []
     for role, name in names.items():
-        adapter = isinstance(opened.get("instruct_model"), Adapter)
-        if role == "base_model" and (recipe.proxy_base or adapter):
+        if role == "base_model" and not name:  # a proxy base, or an adapter
+            if recipe.adapts and "instruct_model" in opened and not isinstance(opened["instruct_model"], Adapter):
+                problems.append("base_model is missing: give it, or proxy_base: true where no base was published")
             continue
         try:
             path = resolve_model(name, role)
@@ -230,10 +231,7 @@ def _unfit(merged: dict[str, Job], lrm: Checkpoint, models: Sequence[Checkpoint]
 
 def _warnings(recipe: Recipe, lrm: Checkpoint, models: Sequence[Checkpoint]) -> list[str]:
     """Differences that do not stop a merge but that its user should know."""
-    out = [
-        f"{c.role} is quantised ({c.scheme}): {len(c.encoded)} tensors are decoded as they are read, {len(c.spare)} "
-        "auxiliary ones (scales, maps) go into them" for c in models if c.encoded
-    ]  # fmt: skip
+    out = notes(models)
     stated = lrm.config.get("dtype") or lrm.config.get("torch_dtype")
     if recipe.dtype != "auto" and stated and stated != recipe.dtype:
         out.append(f"merged tensors are written as {recipe.dtype}, but config.json, a copy of the LRM's, says "

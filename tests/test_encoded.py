@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from builders import recipe_text, save_trio
 from safetensors.torch import load_file, save_file
 
-from streammerge import parse_recipe
+from streammerge import api, parse_recipe
 from streammerge.errors import InputError
 from streammerge.io.encoded import open_model
 from streammerge.io.packed import e4m3
@@ -354,3 +355,24 @@ def test_proxy_base_is_decoded_once(mixed, tmp_path):
     itm, found = by_bitsandbytes(mixed[0]["itm"]), weights(tmp_path / "out")
     for name, tensor in itm.items():
         assert torch.allclose(found[name], tensor.float(), atol=1e-6), name
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "passthrough"])
+def test_merges_without_data_decode_too(mixed, tmp_path, method):
+    """By mergekit's configurations: the output is that of the dequantised models, and its config.json says nothing of
+    quantisation."""
+    outs = []
+    for n, paths in enumerate(mixed):
+        models = [{"model": str(paths[role]), "parameters": {"weight": 0.5}} for role in ("lrm", "itm")]
+        if method != "linear":
+            models = [{"model": item["model"]} for item in models]
+        data = {"merge_method": method, "models": models[:1] if method == "passthrough" else models}
+        if method == "slerp":
+            data |= {"base_model": models[0]["model"], "parameters": {"t": 0.3}}
+        file = tmp_path / f"{n}.yml"
+        file.write_text(yaml.safe_dump(data))
+        report = api.merge(file, tmp_path / str(n))
+        outs.append(weights(tmp_path / str(n)))
+        assert len([w for w in report["warnings"] if "is quantised (" in w]) == (len(data["models"]) if n == 0 else 0)
+    assert outs[0].keys() == outs[1].keys() and all(same_bits(outs[0][name], outs[1][name]) for name in outs[0])
+    loads(tmp_path / "0")

@@ -10,7 +10,7 @@ Memory: about 1.5 MB for each thread that reads, whatever the tensor; opening re
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,3 +143,9 @@ def open_model(path: Path, role: str) -> Checkpoint:
         raise InputError(listed(f"{role}: the checkpoint {path} cannot be used:", problems,
                                 "Nothing was written."))
     return found
+
+
+def notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """A line for each that is quantised: what of it is decoded, and where the rest goes."""
+    return [f"{c.role} is quantised ({c.scheme}): {len(c.encoded)} tensors are decoded as they are read, "
+            f"{len(c.spare)} auxiliary ones (scales, maps) go into them" for c in checkpoints if c.encoded]  # fmt: skip

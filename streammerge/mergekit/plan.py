@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import InputError, RecipeError, StreamMergeError, listed
 from ..gradient import resolve
-from ..io.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ..io.checkpoint import Checkpoint, TensorInfo
+from ..io.encoded import notes, open_model
 from ..io.shards import OutTensor
 from ..jobs import Source, TensorJob, TensorPlan
 from ..methods import Parameter
@@ -45,6 +46,7 @@ def make_tensor_plan(config: Config) -> TensorPlan:
                 wrong.items()]  # fmt: skip
         raise RecipeError(listed(f"{config.source}: the parameters do not fit every tensor:", told))
     donor, warnings = checkpoints[config.references[0]], _warnings(config, models, vocabulary)
+    warnings += notes(checkpoints.values())
     content = out_config(config, models, slots, jobs, vocabulary, warnings)
     sides = side_sources(config, checkpoints, content, vocabulary, warnings)
     return TensorPlan(config.text, config.source, config.merge_method, tuple(checkpoints.values()), donor, content,
@@ -61,7 +63,7 @@ def _open_all(config: Config) -> dict[Reference, Names]:
     found, problems = {}, []
     for model in config.references:
         try:
-            found[model] = sort_out(open_checkpoint(find_model(model, config), roles[model]))
+            found[model] = sort_out(open_model(find_model(model, config), roles[model]))
         except StreamMergeError as error:
             problems.append(str(error).replace("\n", "\n    "))
     if problems:
@@ -70,11 +72,9 @@ def _open_all(config: Config) -> dict[Reference, Names]:
 
 
 def _unlike(checkpoints: list[Checkpoint]) -> Iterator[str]:
-    """Models of another architecture than the first, and quantized ones."""
+    """Models of another architecture than the first."""
     first = checkpoints[0]
     for checkpoint in checkpoints:
-        if "quantization_config" in checkpoint.config:
-            yield f"{checkpoint.role}: {checkpoint.path} is quantized; give the full-precision checkpoint"
         mine, theirs = (c.config.get("model_type") for c in (checkpoint, first))
         if mine != theirs:
             yield (f"{checkpoint.role}: {checkpoint.path}/config.json has model_type {mine!r}, {first.role} has "
