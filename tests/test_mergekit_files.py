@@ -96,6 +96,17 @@ def test_the_same_ids_and_as_many_rows_are_taken_as_stored(tmp_path):
     assert done.config["vocab_size"] == 32 and done.sides["config.json"] == tmp_path / "a/config.json"
 
 
+def test_a_permuted_embedding_is_no_copy(tmp_path):
+    words = [f"w{i}" for i in range(32)]
+    stand_in(tmp_path / "a", 1)
+    save_words(tmp_path / "a", words)
+    save_words(tmp_path / "lender", words[::-1])
+    text = "merge_method: passthrough\nmodels: [{model: a}]\ntokenizer_source: %s\n"
+    copied = {who: set(plan(text % who, tmp_path).output.copies) for who in ("a", "lender")}
+    assert copied["a"] - copied["lender"] == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert embedding(plan(text % "lender", tmp_path)).sources[0].rows.tolist() == list(range(32))[::-1]
+
+
 def test_a_tokenizer_from_a_model_that_is_not_merged(folder, tmp_path):
     save_words(tmp_path / "lender", ["unk", "x3", "x1"])
     job = embedding(plan(LINEAR + "tokenizer_source: lender\n", folder))
