@@ -5,9 +5,12 @@ mergekit has an environment of its own: STREAMMERGE_MERGEKIT is its Python.
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from streammerge.mergekit import make_tensor_plan, parse_config
 from streammerge.mergekit.config import DTYPES
 from streammerge.mergekit.names import is_before, is_vocabulary, sort_out
 from streammerge.methods import METHODS
+from streammerge.tensor_merging import merge_config, request
 
 pytestmark = pytest.mark.skipif(not MERGEKIT, reason="STREAMMERGE_MERGEKIT (mergekit's Python) is not set")
 MODELS = ("a", "b", "c")
@@ -185,6 +189,38 @@ def test_names_mean_what_mergekit_s_tables_of_architectures_say(tmp_path):
                 continue
             ((prefix, layers),) = names.stacks.items()
             assert f"{prefix}7.{min(layers[7])}" == name, (table, name)
+
+
+MERGED = {
+    "tokens": ("merge_method: linear\nmodels: [{model: a}, {model: b}, {model: c}]\nparameters: {weight: [0.6, 0.3]}\n"
+               "tokenizer: {source: b}\ndtype: bfloat16\n"),
+    "layers": ("merge_method: passthrough\nbase_model: a\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}, "
+               "{sources: [{model: c, layer_range: [1, 3]}]}]\nparameters: {scale: [{filter: q_proj, value: 0.5}, "
+               "{value: 1}]}\nout_dtype: float16\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_whole_merge_has_mergekit_s_tensors_and_config(name, tmp_path):
+    words = {"a": WORDS[:30], "b": WORDS[34:4:-1], "c": WORDS[12:]}
+    for seed, (model, known) in enumerate(words.items()):
+        stand_in(tmp_path / model, 3, head=model != "b", seed=seed, dtype=torch.bfloat16, vocab_size=40, vocabulary=40)
+        save_words(tmp_path / model, known)
+    (tmp_path / "c.yml").write_text(MERGED[name])
+    command = [str(Path(MERGEKIT).parent / "mergekit-yaml"), "c.yml", "theirs", "--no-write-model-card"]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    merge_config(request(tmp_path / "c.yml"), tmp_path / "ours")
+    mine, theirs = ({k: v for f in sorted((tmp_path / who).glob("*.safetensors")) for k, v in load_file(f).items()}
+                    for who in ("ours", "theirs"))  # fmt: skip
+    assert list(mine) and mine.keys() == theirs.keys()
+    for key, tensor in mine.items():
+        assert tensor.dtype == theirs[key].dtype and torch.equal(tensor, theirs[key]), key
+    told = [json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs")]
+    for key in ("vocab_size", "num_hidden_layers", "hidden_size"):
+        assert told[0][key] == told[1][key]
+    assert told[0].get("torch_dtype") == told[1]["dtype"]
 
 
 if __name__ == "__main__":
