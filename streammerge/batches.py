@@ -29,19 +29,25 @@ class Batch:
     samples: tuple[int, ...]  # index of each row in the list that was batched
 
 
-def make_batches(samples: Sequence[HasIds], tokens_per_batch: int) -> list[Batch]:
-    """Longest first (stable), samples x longest <= `tokens_per_batch`; a sample longer than that runs alone.
+def groups(samples: Sequence[HasIds], tokens_per_batch: int) -> list[list[int]]:
+    """Indices of the samples of each batch, longest first (stable), samples x longest <= `tokens_per_batch`; a sample
+    longer than that runs alone.
 
     What comes last is short, so that workers end together.
     """
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].ids))
-    groups: list[list[int]] = []
+    found: list[list[int]] = []
     for i in order:  # descending, so the first is the longest of its group
-        if groups and (len(groups[-1]) + 1) * len(samples[groups[-1][0]].ids) <= tokens_per_batch:
-            groups[-1].append(i)
+        if found and (len(found[-1]) + 1) * len(samples[found[-1][0]].ids) <= tokens_per_batch:
+            found[-1].append(i)
         else:
-            groups.append([i])
-    return [_batch(samples, group) for group in groups]
+            found.append([i])
+    return found
+
+
+def make_batches(samples: Sequence[HasIds], tokens_per_batch: int) -> list[Batch]:
+    """The batches of `groups`."""
+    return [_batch(samples, group) for group in groups(samples, tokens_per_batch)]
 
 
 def _batch(samples: Sequence[HasIds], group: list[int]) -> Batch:

@@ -103,6 +103,7 @@ def _merge(
         with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size), go_on) as writer:  # a bad OUT first
             data = _still_needed(calibrate(plan, progress), kept, journal)
             estimate = predict(plan, data, where, dtype)
+            memory.fit_allocator(estimate.hidden)
             refuse_certainly_unchanged(plan)
             with Workers(estimate.workers) as workers:
                 model = StreamedModel(plan.lrm, plan.family, where, dtype, workers)

@@ -19,7 +19,7 @@ from .capture_cache import Quantized
 from .compose import Composed, LayerAlpha
 from .forward import Stream, StreamedModel
 from .io.checkpoint import Checkpoint
-from .io.drain import Drain
+from .io.drain import WAITING, Drain
 from .io.feed import Feed
 from .io.stash import Stash
 from .io.writer import CheckpointWriter
@@ -162,7 +162,7 @@ class Run:
     @contextmanager
     def drain(self) -> Iterator[Drain]:
         """Takes work to be done behind the sweep's back; left, it waits for what is still to be done."""
-        with Drain(self.ahead) as drain:
+        with Drain(self.ahead // WAITING) as drain:
             yield drain
             began = time.perf_counter()
         self.meter.blocked += drain.waited + time.perf_counter() - began

@@ -78,7 +78,7 @@ def test_peak_stays_inside_the_plan(measure, shape):
     terms = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in report["plan"]["host"].items())
     print(f"{shape}: planned {planned / 1e6:.1f} MB ({terms}), measured {found / 1e6:.1f} MB")
     assert found <= 1.1 * planned
-    assert found >= 0.5 * planned, "a plan far above what is used turns merges away that would fit"
+    assert found >= 0.85 * planned, "a plan far above what is used turns merges away that would fit"
 
 
 def test_whole_embedding_is_never_read(make_recipe, tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .feed import Closed, Lane
 
+WAITING = 4  # one part in so many of what is read ahead may wait to be written; a slower disk holds the sweep up
+
 
 class Drain:
     """A context manager: leaving it waits for all that was handed over, and raises the first error of the thread.
