@@ -100,6 +100,7 @@ WRONG = {  # (what is replaced, by what, what the message says)
     "mixed list": ("density: [1, 0.5]", "density: [1, {value: 2}]", "models[1].parameters.density: wanted a value, a "),
     "filter without a value": ("value: 0.3", "valeu: 0.3", "unknown key 'valeu'"),
     "dtype": ("dtype", "dtype: int8", "c.yml:17: dtype is 'int8'; wanted one of bfloat16, float16, float32, float64"),
+    "no dtype at all": ("dtype", "dtype: []", "c.yml:17: dtype is []; wanted one of bfloat16, float16, float32"),
     "modules": ("dtype", "modules: {x: {}}", "c.yml:17: modules is not supported: modules of a model cannot be merged"),
     "union": ("dtype", "tokenizer_source: union", "c.yml:17: tokenizer_source: union is not supported: it would make"),
     "union, by default": ("dtype", "tokenizer: {pad_to_multiple_of: 8}", "tokenizer.source is missing, which mergekit"),

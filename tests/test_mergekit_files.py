@@ -125,6 +125,12 @@ def test_tokenizers_that_cannot_be_used(folder):
         two + "tokenizer_source: a\n", folder
     )
     assert "lost" in refused(LINEAR + "tokenizer_source: lost\n", folder)
+    told = json.loads((folder / "c/config.json").read_text())
+    (folder / "c/config.json").write_text(json.dumps({k: v for k, v in told.items() if k != "vocab_size"}))
+    assert plan(two + "tokenizer_source: a\n", folder).config["vocab_size"] == 5
+    save_words(folder / "c", [f"x{i}" for i in range(40)])
+    message = refused(two + "tokenizer_source: c\n", folder)
+    assert "c: model.embed_tokens.weight in " in message and "has 32 rows; its tokenizer has ids up to 39" in message
 
 
 def test_rows_by_ranges_and_what_no_model_has(folder):

@@ -56,7 +56,7 @@ def _reference(node: yaml.Node, source: str, key: str, problems: list[str]) -> R
     at = f"{source}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
         keys = {k.value: v for k, v in node.value if isinstance(k, yaml.ScalarNode)}
-        for refused in keys.keys() & {"lora", "override_architecture"}:
+        for refused in sorted(keys.keys() & {"lora", "override_architecture"}):
             problems.append(f"{at}: {key}.{refused} {reason(refused)}")
         inner = keys.keys() - {"lora", "override_architecture"}
         if inner == {"model"}:
@@ -152,7 +152,7 @@ def _layer_range(raw: Any) -> tuple[int, int]:
 
 def _dtype(raw: Any) -> str:
     """The name of a float dtype -> its safetensors code; '' for none."""
-    code = DTYPES.get(str(raw).removeprefix("torch.")) if raw else ""
+    code = "" if raw is None else DTYPES.get(str(raw).removeprefix("torch."))
     if code is None:
         raise ValueError("one of " + ", ".join(DTYPES))
     return code

@@ -36,7 +36,8 @@ def out_config(
     if config.slices:
         _set_layers(config, out, models)
     if vocabulary:
-        holder = out if "vocab_size" in out or "text_config" not in out else out["text_config"]
+        inner = out.get("text_config")
+        holder = inner if "vocab_size" not in out and isinstance(inner, dict) else out
         if holder.get("vocab_size") != vocabulary.size:
             warnings.append(f"vocab_size is {vocabulary.size}, the tokens of {vocabulary.path}; {donor.role} has "
                             f"{holder.get('vocab_size')}")

@@ -88,7 +88,8 @@ def read_vocabulary(config: Config, models: dict[Reference, Checkpoint], problem
         problems.append(f"{config.source}: tokenizer.pad_to_multiple_of: {multiple}: the {size} tokens would need rows "
                         "that are no token's, and this is not supported; drop the key")
     for model, checkpoint in models.items():
-        limit = checkpoint.config.get("vocab_size") or size
+        told = checkpoint.config.get("vocab_size")
+        limit = told if type(told) is int else max(tokens[model].values()) + 1
         beyond = [t for t in (target if model != wanted else tokens[model]) if tokens[model].get(t, 0) >= limit]
         if beyond:
             problems.append(f"{checkpoint.path}: {len(beyond)} tokens of its tokenizer, such as {beyond[0][:40]!r}, "
