@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -22,6 +22,7 @@ from .recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from .findings import Findings
+    from .tensor_merging import Request
 
 Listener = Callable[[Step], None]
 
@@ -61,9 +62,18 @@ def with_budget(
     scratch_dir: str | None = None,
     scratch_space: str | None = None,
     shard_size: str | None = None,
-) -> Recipe:
-    """A recipe, read where it is a path, with what is given here in place of its own. Raises RecipeError."""
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+) -> Recipe | Request:
+    """A recipe, read where it is a path, with what is given here in place of its own; a Request where the file is a
+    mergekit configuration. Raises RecipeError."""
+    if not isinstance(recipe, Recipe):
+        from .tensor_merging import request
+
+        asked = request(recipe, lam=lam, device_memory=device_memory, host_memory=host_memory, scratch_dir=scratch_dir,
+                        tokens_per_batch=tokens_per_batch, scratch_space=scratch_space,
+                        shard_size=shard_size)  # fmt: skip
+        if asked is not None:
+            return asked
+        recipe = load_recipe(recipe)
     given = {
         "device_memory": device_memory, "host_memory": host_memory, "tokens_per_batch": tokens_per_batch,
         "scratch_dir": scratch_dir, "scratch_space": scratch_space,
@@ -83,6 +93,7 @@ def merge(
     restart: bool = False,
     save_every: float = 30.0,
     artifacts: str | Path | None = None,
+    also: Sequence[str] = (),
     **budget: Any,
 ) -> MergeReport:
     """Merge as `recipe` says (a Recipe, or the path of its file) into `out`, a directory that is new, empty, or holds
@@ -90,14 +101,14 @@ def merge(
 
     `progress`: a callback that hears of every Step, or a Progress; `budget`: device_memory, host_memory (sizes such as
     "8GiB"), tokens_per_batch, scratch_dir, scratch_space, lam, shard_size, in place of the recipe's; the others:
-    merging.merge.
+    merging.merge. With `also` ("nf4", "int8") the report's key `also` tells of each copy: path, bytes, counts, seconds.
     Raises StreamMergeError; `out` then holds nothing, or what was saved for a resume.
     """
     from .merging import merge as merge_resolved
 
     return merge_resolved(
         with_budget(recipe, **budget), out, device=device, threads=threads, progress=_heard(progress), restart=restart,
-        save_every=save_every, artifacts=artifacts,
+        save_every=save_every, artifacts=artifacts, also=also,
     )  # fmt: skip
 
 
@@ -116,6 +127,10 @@ def plan(
     Raises what the merge would raise before it computes. Keys: groups, per_tensor, disk, plan (memory by term), time.
     """
     began, recipe = time.perf_counter(), with_budget(recipe, **budget)
+    if not isinstance(recipe, Recipe):
+        from .tensor_merging import plan_config
+
+        return plan_config(recipe, None if out is None else Path(out), threads=threads)
     from .plain import is_plain
     from .planning.run import plan_merge
 

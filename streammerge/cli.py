@@ -18,7 +18,7 @@ from contextlib import suppress
 from .environment import unknown
 from .errors import ResourceError, StreamMergeError
 from .flags import parser
-from .memory import tame_allocator
+from .memory import format_size, tame_allocator
 from .threads import usable_cores
 
 
@@ -41,17 +41,43 @@ def _recipe(args: argparse.Namespace):
 
 def _merge(args: argparse.Namespace) -> None:
     if args.dry_run:
+        if args.also:
+            from .also import check
+
+            check(args.out, args.also)
         return _plan(args)
     recipe = _recipe(args)
     from .merging import merge
     from .report import print_summary
 
     report = merge(recipe, args.out, device=args.device, progress=_progress(args), threads=args.threads,
-                   restart=args.restart, save_every=args.save_every, artifacts=args.artifacts)  # fmt: skip
+                   restart=args.restart, save_every=args.save_every, artifacts=args.artifacts,
+                   also=args.also)  # fmt: skip
     if not args.quiet and args.log_format == "text":
-        print_summary(report, args.out)
+        from .tensor_merging import print_tensor_summary
+
+        (print_tensor_summary if "methods" in report else print_summary)(report, args.out)
+        for told in report.get("also", {}).values():
+            _print_quantized(told)
     if args.json:
         print(json.dumps(report, default=str))
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from .also import quantize
+
+    told = quantize(args.model, args.out, args.to, shard_size=args.shard_size, threads=args.threads,
+                    progress=_progress(args))  # fmt: skip
+    if not args.quiet and args.log_format == "text":
+        _print_quantized(told)
+    if args.json:
+        print(json.dumps(told))
+
+
+def _print_quantized(told: dict) -> None:
+    """What a quantised copy is, on stderr."""
+    print(f"{told['path']}: {told['method']}, {format_size(told['bytes'])}; {told['quantized']} weights quantised, "
+          f"{told['copied']} tensors copied", file=sys.stderr)  # fmt: skip
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -61,7 +87,9 @@ def _plan(args: argparse.Namespace) -> None:
     report = plan(_recipe(args), args.out, device=args.device, threads=args.threads, progress=_progress(args),
                   restart=getattr(args, "restart", False))  # fmt: skip
     if not args.quiet and args.log_format == "text":
-        print_plan(report)
+        from .tensor_merging import print_tensor_plan
+
+        (print_plan if "groups" in report else print_tensor_plan)(report)
     if args.json:
         print(json.dumps(report, default=str))
 
@@ -118,7 +146,8 @@ def _verify(args: argparse.Namespace) -> None:
         raise error
 
 
-_COMMANDS = {"merge": _merge, "plan": _plan, "demo": _demo, "bench": _bench, "verify": _verify}
+_COMMANDS = {"merge": _merge, "plan": _plan, "demo": _demo, "bench": _bench, "verify": _verify,
+             "quantize": _quantize}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         left = _unfinished(args)
         terminated = isinstance(stop, _Terminated)
-        return _failed(args, "interrupted" + (left or "; nothing was left behind"), 75 if left and terminated else 130)
+        told = left or _complete(args) or "; nothing was left behind"
+        return _failed(args, f"interrupted{told}", 75 if left and terminated else 130)
     if argv is None:
         _leave()
     return 0
@@ -174,6 +204,13 @@ def _unfinished(args: argparse.Namespace) -> str:
     if args.command != "merge" or out is None or not (out / ".streammerge" / "journal.json").exists():
         return ""
     return f"\n{out} holds what was done so far: the same command goes on from there, --restart begins anew"
+
+
+def _complete(args: argparse.Namespace) -> str:
+    """What to tell of a merge whose quantised copies were interrupted."""
+    if not getattr(args, "also", ()) or not (args.out / "streammerge_report.json").exists():
+        return ""
+    return f"; {args.out} is complete, of its copies ({', '.join(args.also)}) at least one is not: streammerge quantize"
 
 
 def _failed(args: argparse.Namespace, message: str, exit_code: int) -> int:
