@@ -75,11 +75,11 @@ def is_adapter(path: Path) -> bool:
     return os.path.lexists(path / CONFIG)
 
 
-def names_adapter(name: str) -> bool:
-    """Whether a recipe's model, a directory or an id in the Hub cache, is an adapter. False where there is no such
-    model: that is for the plan to say."""
+def is_no_adapter(name: str) -> bool:
+    """Whether a recipe's model, a directory or an id in the Hub cache, is there and is no adapter. Where it is not
+    there (a recipe can be read without its models) that is for the plan to say."""
     try:
-        return bool(name) and is_adapter(resolve_model(name, "instruct_model"))
+        return not is_adapter(resolve_model(name, "instruct_model"))
     except (InputError, OSError, ValueError):
         return False
 
@@ -219,7 +219,7 @@ def _what(key: str) -> str:
         return "a trained bias: only weights are merged"
     if ".lora_" in key:
         return f"not a name that peft saves ({_PREFIX}MODULE.lora_A.weight and .lora_B.weight)"
-    return "trained whole (modules_to_save, or a resized embedding): without its base it has no Δ"
+    return "a whole tensor (modules_to_save, or an adapted or resized embedding): without its base it has no Δ"
 
 
 def unfit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], known: Iterable[str]) -> list[str]:

@@ -87,6 +87,7 @@ class Plan:
             hashed=recipe.manifest != "none",
             card=recipe.card,
             sbom=recipe.sbom,
+            hash_inputs=recipe.hash_inputs,
         )
 
     def layer_tensors(self, layer: int) -> list[str]:
@@ -137,15 +138,17 @@ def _open_all(recipe: Recipe) -> list[Checkpoint]:
     """The three checkpoints; everything wrong with any of them, or with the inputs' names, in one error."""
     names = {"reasoning_model": recipe.reasoning_model, "instruct_model": recipe.instruct_model}
     names["base_model"] = recipe.base_model
-    opened, problems = {}, []
+    opened, problems, adapter = {}, [], False
     for role, name in names.items():
         if role == "base_model" and not name:  # a proxy base, or an adapter
-            if recipe.adapts and "instruct_model" in opened and not isinstance(opened["instruct_model"], Adapter):
-                problems.append("base_model is missing: give it, or proxy_base: true where no base was published")
+            if recipe.adapts and not adapter:
+                problems.append("base_model is missing: give it, or proxy_base: true where no base was published (the "
+                                "LRM stands in for it); an adapter as instruct_model needs neither")
             continue
         try:
             path = resolve_model(name, role)
             if role == "instruct_model" and is_adapter(path):
+                adapter = True
                 opened[role] = open_adapter(path, role)
                 if not recipe.adapts:
                     problems.append(f"instruct_model: {path} is an adapter, whose task vector needs no base: drop "

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .adapter import names_adapter
+from .adapter import is_no_adapter
 from .errors import RecipeError, listed
 from .gradient import Setting, read_numbers
 from .memory import parse_size
@@ -112,7 +112,7 @@ class Sparsify:
     share of each tensor's elements that stays, in the notation of λ. `rescale`: dare divides them by the density."""
 
     method: Literal["none", "magnitude", "dare"] = "none"
-    density: Setting = setting(0.2, read=partial(read_numbers, wanted="a number above 0, at most 1", above=0.0, most=1.0))
+    density: Setting = setting(0.2, read=partial(read_numbers, wanted="a number above 0, up to 1", above=0.0, most=1.0))
     rescale: bool = True
 
 
@@ -153,6 +153,7 @@ class Recipe:
     manifest: Literal["sha256", "none"] = "sha256"  # none: `streammerge verify` has nothing to compare with
     card: bool = True  # README.md in OUT, a model card
     sbom: bool = True  # streammerge_sbom.cdx.json in OUT; needs the manifest's hashes
+    hash_inputs: bool = False  # read all of them once more, for the manifest and the SBOM
     allow_unchanged: bool = False
     budget: Budget = Budget()
     source: str = setting("<recipe>", hidden=True)  # the file it was read from
@@ -233,8 +234,7 @@ def _with_paths(recipe: Recipe, directory: Path) -> Recipe:
 def _contradictions(recipe: Recipe) -> list[str]:
     """What is wrong between keys that are each right."""
     out = []
-    based = recipe.adapts and names_adapter(recipe.instruct_model)
-    if bool(recipe.base_model) == recipe.proxy_base and not based:
+    if (recipe.base_model and recipe.proxy_base) or (recipe.adapts and is_no_adapter(recipe.instruct_model)):
         out.append("give base_model, or proxy_base: true where no base was published (the LRM stands in for it)")
     unknown = [m for m in recipe.modules if m not in MODULES]
     if unknown or not recipe.modules:

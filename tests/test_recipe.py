@@ -114,7 +114,7 @@ def test_missing_keys_are_all_named():
     message = mistakes("lambda: 1\n")
     for key in ("merge_method", "instruct_model", "reasoning_model"):
         assert f"the key '{key}' is missing" in message
-    bare = mistakes("merge_method: rain\ninstruct_model: i\nreasoning_model: r\n")
+    bare = mistakes("merge_method: rain\ninstruct_model: .\nreasoning_model: r\n")  # there, and no adapter
     assert all(k in bare for k in ("calibration.reasoning is missing", "calibration.instruction is missing", "base_mo"))
 
 
