@@ -27,7 +27,7 @@ from .plan import Plan
 # of a fingerprint: what neither follows from, then what only bases do (the markers lay out both sets), then only masses
 _OF_THE_MERGE = ("recipe: lambda", "recipe: instruct_model", "recipe: base_model", "recipe: proxy_base",
                  "recipe: dtype", "recipe: coefficients", "recipe: shard_size", "recipe: merge_method",
-                 "recipe: sparsify", "recipe: manifest", "recipe: card", "recipe: sbom",
+                 "recipe: sparsify", "recipe: manifest", "recipe: card", "recipe: sbom", "recipe: hash_inputs",
                  "recipe: capture_cache", "instruct_model:", "base_model:")  # fmt: skip
 _OF_THINKING = ("recipe: thinking.before", "recipe: thinking.inside", "recipe: thinking.after",
                 "recipe: thinking.random", "recipe: thinking.attended_values", "recipe: thinking.min_share",

@@ -23,12 +23,14 @@ from .markers import PROFILES
 from .output import Output
 from .release.facts import origin, published, stored_hash
 from .report import FILE_NAME as REPORT
+from .scan import dealt, file_pieces, opened, scan
+from .threads import usable_cores
 
 FILE_NAME = "streammerge_manifest.json"
 SUMS = "SHA256SUMS"
 SCHEMA = 1
 # recipe keys that the model does not depend on
-_FREE = ("budget", "allow_unchanged", "capture_cache", "manifest", "card", "sbom")
+_FREE = ("budget", "allow_unchanged", "capture_cache", "manifest", "card", "sbom", "hash_inputs")
 _ORIGINS = {"instruct_model", "reasoning_model", "base_model"}  # told under `inputs`, which know a cache from a path
 
 
@@ -57,7 +59,7 @@ def describe(output: Output, result: dict[str, Any]) -> dict[str, Any]:
         "tensors": result["tensors"],
         "markers": ids,
         "calibration": calibration_files(output.calibration),
-        "inputs": {role: describe_input(checkpoint) for role, checkpoint in output.inputs.items()},
+        "inputs": {role: describe_input(c, whole=output.hash_inputs) for role, c in output.inputs.items()},
         "recipe": recipe,
         "recipe_kind": "mergekit" if output.mergekit else "streammerge",
         "recipe_sha256": recipe_hash(recipe),
@@ -94,10 +96,10 @@ def added_markers(path: Path) -> dict[str, list[int]]:
     return {}
 
 
-def describe_input(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where an input came from, and every shard's size and header hash: all of it again would be read for more. The
-    SHA256 that the Hub's cache keeps a shard by is told with it."""
-    shards = {}
+def describe_input(checkpoint: Checkpoint, whole: bool = False) -> dict[str, Any]:
+    """Where an input came from, and every shard's size and header hash. A shard's own SHA256 is told where the Hub's
+    cache keeps it by that, and of all with `whole`, for which all of them are read again."""
+    shards: dict[str, dict[str, Any]] = {}
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
         try:
             with file.open("rb") as stream:
@@ -108,9 +110,23 @@ def describe_input(checkpoint: Checkpoint) -> dict[str, Any]:
             raise InputError(f"{checkpoint.role}: {file}: was read and can no longer be: {error.strerror}: is "
                              "something else changing the checkpoint?") from error
         hashed = hashlib.sha256(prefix + header).hexdigest()
-        known = stored_hash(file)
+        known = "" if whole else stored_hash(file)
         shards[file.name] = {"size": size, "header_sha256": hashed} | ({"sha256": known} if known else {})
+    if whole:
+        with opened(sorted({info.file for info in checkpoint.tensors.values()})) as digests:
+            scan(dealt(map(file_pieces, digests.values()), usable_cores()))
+            for name, digest in digests.items():
+                shards[name]["sha256"] = digest.hexdigest()
     return origin(checkpoint.path) | {"files": shards}
+
+
+def same_headers(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two `describe_input` have the same shards, by their sizes and headers."""
+
+    def known(told: dict[str, Any]) -> dict[str, Any]:
+        return {name: (entry.get("size"), entry.get("header_sha256")) for name, entry in told.get("files", {}).items()}
+
+    return known(one) == known(other)
 
 
 def calibration_files(sets: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -178,8 +194,8 @@ def read(out: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(content.get("unhashed"), list) or not all(_is_name(n) for n in content["unhashed"]):
         raise ValueError("unhashed must be a list of file names")
     inputs = content.get("inputs")
-    if not isinstance(inputs, dict) or not all(isinstance(told, dict) for told in inputs.values()):
-        raise ValueError("inputs must map roles to objects")
+    if not isinstance(inputs, dict) or not all(map(_is_input, inputs.values())):
+        raise ValueError("inputs must map roles to objects, and their files names to objects")
     if not isinstance(content.get("recipe"), dict):
         raise ValueError("recipe must be an object")
     return content, raw
@@ -194,6 +210,11 @@ def _is_entry(name: str, entry: Any) -> bool:
         return False
     size, digest = entry["size"], entry["sha256"]
     return type(size) is int and size >= 0 and isinstance(digest, str) and bool(re.fullmatch("[0-9a-f]{64}", digest))
+
+
+def _is_input(told: Any) -> bool:
+    files = told.get("files", {}) if isinstance(told, dict) else None
+    return isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values())
 
 
 def _is_ids(ids: Any) -> bool:

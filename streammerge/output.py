@@ -56,6 +56,7 @@ class Output:
     hashed: bool = True  # manifest, SHA256SUMS and what is made of hashes
     card: bool = True
     sbom: bool = True
+    hash_inputs: bool = False  # every byte of them, which is one more reading
     date: int | None = field(default_factory=source_date)
 
     @property

@@ -206,7 +206,7 @@ def _inputs_of_l_think(found: Findings, content: dict[str, Any]) -> tuple[Checkp
     recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, **paths))
     name = f"{told['repo']}@{told.get('revision')}" if "repo" in told else models["reasoning_model"]
     lrm = open_model(resolve_model(name, "reasoning_model"), "reasoning_model")
-    if manifest.describe_input(lrm)["files"] != told.get("files"):
+    if not manifest.same_headers(manifest.describe_input(lrm), told):
         raise InputError(f"reasoning_model: {lrm.path}: its shards have other sizes or headers than those that were "
                          "merged; L_think compares with that very model: put it back")
     sets = {kind: getattr(recipe.calibration, kind) for kind in ("reasoning", "instruction")}

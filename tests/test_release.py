@@ -254,6 +254,22 @@ def test_the_date_is_the_environments(home, merged, tmp_path, monkeypatch):
     assert not (tmp_path / "never").exists()
 
 
+def test_whole_inputs_are_hashed_where_asked(home, merged, tmp_path):
+    (home / "whole.yml").write_text((home / "plain.yml").read_text() + "hash_inputs: true\n")
+    merge(home / "whole.yml", tmp_path / "out")
+    told = json.loads((tmp_path / "out" / MANIFEST).read_text())["inputs"]
+    without = json.loads((merged["plain"] / MANIFEST).read_text())["inputs"]
+    for role, folder in (("reasoning_model", home / "lrm"), ("instruct_model", home / "itm")):
+        shards = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")}
+        assert {name: entry["sha256"] for name, entry in told[role]["files"].items()} == shards
+        assert not any("sha256" in entry for entry in without[role]["files"].values())
+    assert told["base_model"] == without["base_model"]  # of the Hub's cache, which knows them
+    bom = json.loads((tmp_path / "out" / SBOM).read_text())
+    parts = [c for a in bom["metadata"]["component"]["pedigree"]["ancestors"] for c in a["components"]]
+    assert all(c["hashes"] for c in parts)
+    (home / "whole.yml").unlink()
+
+
 @pytest.mark.parametrize("keys, gone", [
     ({"card": False}, {CARD}), ({"sbom": False}, {SBOM}),
     ({"manifest": "none"}, {SBOM, MANIFEST, "SHA256SUMS"}),

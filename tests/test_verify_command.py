@@ -152,8 +152,8 @@ def test_the_manifest_tells_where_the_output_came_from(merged, trio, sets):
     assert entry["header_sha256"] == hashlib.sha256(raw[: 8 + int.from_bytes(raw[:8], "little")]).hexdigest()
     cached = Path("/c/models--org--a-model/snapshots/0123abcd")
     assert manifest.origin(cached) == {"repo": "org/a-model", "revision": "0123abcd"}
-    for told in (told["inputs"], told["recipe"], told["calibration"]):
-        assert str(trio["lrm"].parent) not in json.dumps(told)
+    for part in ("inputs", "recipe", "calibration"):
+        assert str(trio["lrm"].parent) not in json.dumps(told[part])
 
 
 def test_a_download_through_the_hub_cache(out, tmp_path, verify):
@@ -300,7 +300,7 @@ def test_no_manifest_was_wanted(trio, tmp_path, verify):
     {"files": {"/etc/hostname": {"sha256": "0" * 64, "size": 1}}},
     {"files": {"config.json": {"sha256": "x", "size": 1}}},
     {"files": {"config.json": {"sha256": "0" * 64, "size": -1}}}, {"markers": {"<think>": "1"}}, {"markers": 3},
-    {"unhashed": [".."]}, {"inputs": {"base_model": 1}}, {"recipe": 5},
+    {"unhashed": [".."]}, {"inputs": {"base_model": 1}}, {"inputs": {"base_model": {"files": {"a": 1}}}}, {"recipe": 5},
 ], ids=str)  # fmt: skip
 def test_a_hostile_manifest_is_damaged(out, verify, change):
     raw = json.dumps(json.loads((out / MANIFEST).read_text()) | change).encode()
