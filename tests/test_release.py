@@ -41,6 +41,7 @@ def home(tmp_path_factory):
     paths = save_trio(root, "llama")
     (paths["lrm"] / "LICENSE").write_text(APACHE)
     (paths["lrm"] / "NOTICE").write_text("made by somebody\n")
+    (paths["lrm"] / "mergekit_config.yml").write_text("of the merge that made this model\n")
     (paths["lrm"] / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe card of another model.\n")
     (paths["itm"] / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n")
     cache = root / "hub" / "models--org--base" / "snapshots" / ("ab" * 20)
@@ -340,6 +341,7 @@ def test_licence_files_of_the_reasoning_model_are_byte_copies(home, merged):
     for out in merged.values():
         for name in ("LICENSE", "NOTICE"):
             assert (out / name).read_bytes() == (home / "lrm" / name).read_bytes()
+    assert not (merged["plain"] / "mergekit_config.yml").exists()
 
 
 @pytest.mark.parametrize("licences, wanted", [
