@@ -26,10 +26,8 @@ from synthetic import SHAPES, make_trio
 from streammerge.io.checkpoint import Checkpoint, open_checkpoint
 from streammerge.io.disk import byte_buffer
 from streammerge.io.writer import CheckpointWriter, OutTensor
-from streammerge.plain import CHUNK
+from streammerge.scan import PIECE
 from streammerge.threads import in_parallel, usable_cores
-
-PIECE = 2 * CHUNK  # bytes: a chunk of bf16, as the plain merge reads it
 
 
 def pieces(model: Checkpoint) -> list[tuple[str, int, int]]:

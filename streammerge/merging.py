@@ -100,7 +100,7 @@ def _merge_plain(
         with CheckpointWriter(out, plan.tensors, memory.parse_size(recipe.shard_size), go_on) as writer:
             refuse_certainly_unchanged(plan)
             started = time.perf_counter()
-            composed = merge_plain(plan, writer, progress, fitted.count, journal)
+            composed, shards = merge_plain(plan, writer, progress, fitted.count, journal)
             merged = time.perf_counter() - started
             told = _describe(plan, composed, merged)
             refuse_unchanged(plan, told["totals"])
@@ -110,7 +110,7 @@ def _merge_plain(
             result = {
                 **report.inputs(plan.output),
                 **told,
-                "verified": verify_output(plan.output, out, fitted.count),
+                "verified": verify_output(plan.output, out, fitted.count, shards),
                 "plan": _predicted(plan, fitted),
                 "memory": peaks("cpu", floor, fresh_meter),
                 "seconds": {"total": round(time.perf_counter() - began, 3), "merge": round(merged, 3)},

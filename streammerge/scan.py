@@ -1,8 +1,8 @@
 """Looking at stored bytes once: SHA256 of whole files, equality with a twin, finite values, in the same buffers.
 
 A file's hash needs its bytes in order, which leaves one core for a checkpoint of one shard. So the pieces of a file
-are dealt to all threads: each reads its piece and looks at it beside the others, and then waits for its turn to hash
-it. Shards are dealt alternately. Memory: two pieces a thread.
+are dealt to all threads: each reads its piece (or makes it: plain.py) and looks at it beside the others, and then waits
+for its turn to hash it. Shards are dealt alternately. Memory: two pieces a thread.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,17 +26,67 @@ from .io.checkpoint import Checkpoint, TensorInfo
 from .io.disk import byte_buffer
 from .threads import in_parallel, usable_cores
 
-PIECE = 1 << 21  # bytes, a multiple of every element's size: stays in a core's cache between reading and hashing
+PIECE = 1 << 19  # bytes, a multiple of every element's size: stays in a core's cache between reading and hashing
 Read = Callable[[memoryview], None]
+T = TypeVar("T")
 
 
-class Digest:
-    """A file that is read, and hashed in order by threads that take turns. `error`: why it cannot be read."""
+class InOrder:
+    """The SHA256 of pieces that threads bring as they have them: each waits for its turn."""
 
-    def __init__(self, file: Path, hashed: bool = True) -> None:
-        self.file, self.size, self.error, self._fd = file, 0, "", -1
+    def __init__(self, hashed: bool = True) -> None:
         self._hash = hashlib.sha256() if hashed else None
         self._turn, self._moved = 0, threading.Condition()
+
+    def add(self, number: int, data: np.ndarray | None) -> None:
+        """Hash the piece `number`, once all before it are; None where there is none after all."""
+        if self._hash is None:
+            return
+        with self._moved:
+            self._moved.wait_for(lambda: self._turn == number)
+        if data is not None:
+            self._hash.update(data)  # outside of the lock: whose turn it is is alone here
+        with self._moved:
+            self._turn += 1
+            self._moved.notify_all()
+
+    def hexdigest(self) -> str:
+        """The SHA256 of all that was added, "" where nothing is hashed."""
+        return "" if self._hash is None else self._hash.hexdigest()
+
+
+class Shard(InOrder):
+    """What is put into a file of the output: its SHA256, and a sum of every piece, by which a later reading knows it.
+
+    `header`: the file's first bytes, which count as hashed; `sizes`: {tensor: its bytes} in the file's order. The first
+    tensor's first piece has the number 0.
+    """
+
+    def __init__(self, name: str, header: bytes, sizes: dict[str, int], hashed: bool) -> None:
+        super().__init__(hashed)
+        self.sizes, raw = sizes, np.frombuffer(header, np.uint8)
+        self._sums = {n: np.zeros(-(-size // PIECE), np.uint64) for n, size in ({name: len(raw)} | sizes).items()}
+        for offset in range(0, len(raw), PIECE):
+            self.sum(name, offset, raw[offset : offset + PIECE])
+        if self._hash:
+            self._hash.update(raw)
+
+    def sum(self, name: str, offset: int, data: np.ndarray) -> None:
+        """Note the sum of the piece of a tensor that begins at a byte `offset`."""
+        self._sums[name][offset // PIECE] = word_sum(data)
+
+    def sum_of(self, name: str, offset: int) -> int:
+        """The noted sum; -1, which none is, for a piece that was never put here."""
+        sums, index = self._sums.get(name, ()), offset // PIECE
+        return int(sums[index]) if index < len(sums) else -1
+
+
+class Digest(InOrder):
+    """A file that is read, and hashed in order. `error`: why it cannot be read."""
+
+    def __init__(self, file: Path, hashed: bool = True) -> None:
+        super().__init__(hashed)
+        self.file, self.size, self.error, self._fd = file, 0, "", -1
         try:
             self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self._fd).st_size
@@ -55,21 +105,9 @@ class Digest:
                 raise InputError(f"{self.file}: ends at byte {offset + done}, is something else changing it?")
             done += count
 
-    def add(self, number: int, data: np.ndarray | None) -> None:
-        """Hash the file's piece `number`, once all before it are; None where it could not be read."""
-        if self._hash is None:
-            return
-        with self._moved:
-            self._moved.wait_for(lambda: self._turn == number)
-        if data is not None:
-            self._hash.update(data)  # outside of the lock: whose turn it is is alone here
-        with self._moved:
-            self._turn += 1
-            self._moved.notify_all()
-
     def hexdigest(self) -> str:
-        """The SHA256 of all that was added, "" where it could not be read, or is not hashed."""
-        return "" if self.error or self._hash is None else self._hash.hexdigest()
+        """As of every InOrder; "" where the file cannot be read, too."""
+        return "" if self.error else super().hexdigest()
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -87,13 +125,16 @@ class Piece(NamedTuple):
     twin: Read | None = None  # reads what must be the same bytes
     digest: Digest | None = None
     number: int = 0  # of the piece in its file
+    sum: int | None = None  # what `word_sum` found when the bytes were written
 
 
 @dataclass
 class Found:
-    """What `scan` met, by the pieces' `what`: those that differ from their twin, and those with NaN or infinities."""
+    """What `scan` met, by the pieces' `what`: those that differ from their twin, those that have another sum than when
+    they were written, and those with NaN or infinities."""
 
     changed: set[Hashable] = field(default_factory=set)
+    altered: set[Hashable] = field(default_factory=set)
     infinite: set[Hashable] = field(default_factory=set)
 
 
@@ -106,10 +147,13 @@ def tensor_pieces(checkpoint: Checkpoint, name: str) -> Iterator[Piece]:
 
 
 def file_pieces(
-    digest: Digest, tensors: Iterable[TensorInfo] = (), twin: Callable[[str], Callable[..., None] | None] | None = None
+    digest: Digest,
+    tensors: Iterable[TensorInfo] = (),
+    twin: Callable[[str], Callable[..., None] | None] | None = None,
+    shard: Shard | None = None,
 ) -> Iterator[Piece]:
     """A whole file in order, cut at its tensors' borders; `twin` of a tensor's name, or of the file's, is what reads
-    the same: it fills a view from a byte `offset` on.
+    the same: it fills a view from a byte `offset` on. `shard`: what was put into the file.
 
     `tensors` are those of a header that was read without a problem, or none: then the file is plain bytes.
     """
@@ -122,11 +166,12 @@ def file_pieces(
         for offset in range(0, size, PIECE):
             nbytes = min(PIECE, size - offset)
             other = partial(like, offset=offset) if like else None
-            yield Piece(name, partial(digest.read, offset=start + offset), nbytes, code, other, digest, number)
+            read, known = partial(digest.read, offset=start + offset), shard.sum_of(name, offset) if shard else None
+            yield Piece(name, read, nbytes, code, other, digest, number, known)
             number += 1
 
 
-def dealt(files: Iterable[Iterator[Piece]], ways: int) -> Iterator[Piece]:
+def dealt(files: Iterable[Iterator[T]], ways: int) -> Iterator[T]:
     """Pieces of `ways` files at a time, in turn: threads then rarely wait for each other."""
     waiting, active = iter(files), deque()
     while True:
@@ -142,12 +187,12 @@ def dealt(files: Iterable[Iterator[Piece]], ways: int) -> Iterator[Piece]:
 
 
 @contextmanager
-def opened(files: Iterable[Path], hashed: bool = True) -> Iterator[dict[str, Digest]]:
-    """{file name: its open Digest}, closed at the end."""
+def opened(files: Iterable[Path], unhashed: Collection[str] = ()) -> Iterator[dict[str, Digest]]:
+    """{file name: its open Digest}, closed at the end. `unhashed`: names of files that are read only."""
     found: dict[str, Digest] = {}
     try:
         for file in files:
-            found[file.name] = Digest(file, hashed)
+            found[file.name] = Digest(file, file.name not in unhashed)
         yield found
     finally:
         for digest in found.values():
@@ -176,6 +221,8 @@ def scan(
                     piece.twin(memoryview(there))
                     if not _equal(here, there, differ):
                         found.changed.add(piece.what)
+                if piece.sum not in (None, word_sum(here)):
+                    found.altered.add(piece.what)
                 if piece.code and not all_finite(here, piece.code):
                     found.infinite.add(piece.what)
             except InputError as error:
@@ -195,6 +242,13 @@ def scan(
 
     in_parallel(pieces, start, threads or usable_cores(), tick)
     return found
+
+
+def word_sum(data: np.ndarray) -> int:
+    """The sum of the bytes' 64-bit words, modulo 2^64: at the speed of memory, one changed bit always shows."""
+    whole = len(data) // 8 * 8
+    rest = int.from_bytes(data[whole:].tobytes(), "little")
+    return (int(np.add.reduce(data[:whole].view(np.uint64))) + rest) % (1 << 64)
 
 
 def _equal(a: np.ndarray, b: np.ndarray, differ: np.ndarray) -> bool:

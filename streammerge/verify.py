@@ -1,8 +1,11 @@
-"""After a merge: reopen the output, compare it with the plan, and hash it for the manifest, in one reading."""
+"""After a merge: reopen the output and compare it, in one reading, with the plan and with what was written.
+
+Files whose hash was not taken as they were written are hashed here, for the manifest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,15 @@ from .errors import InputError, StreamMergeError, VerificationError, listed, ove
 from .io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from .output import Output
 from .plan import Plan, distinct
-from .scan import dealt, file_pieces, opened, scan, tensor_pieces
+from .scan import Shard, dealt, file_pieces, opened, scan, tensor_pieces
 from .threads import usable_cores
 
 
-def verify_output(output: Output, out: Path, threads: int | None = None) -> dict[str, Any]:
-    """Reopen the written checkpoint: names, dtypes and shapes as planned, copied bytes their input's, all finite.
+def verify_output(
+    output: Output, out: Path, threads: int | None = None, shards: Mapping[str, Shard] | None = None
+) -> dict[str, Any]:
+    """Reopen the written checkpoint: names, dtypes and shapes as planned, copied bytes their input's, all finite; and
+    of the `shards`, by file name, the bytes that were put there.
 
     Returns counts, and the size and SHA256 of every file. Raises VerificationError, or InputError where an input
     itself holds what is wrong, listing everything.
@@ -29,7 +35,7 @@ def verify_output(output: Output, out: Path, threads: int | None = None) -> dict
         for name in sorted(planned.keys() | found.keys())
         if planned.get(name) != found.get(name)
     ]
-    files = {} if problems else _look(output, written, threads or usable_cores(), problems)
+    files = {} if problems else _look(output, written, threads or usable_cores(), shards or {}, problems)
     written.close()
     if problems:
         raise VerificationError(listed(f"{out} is not what was planned:", problems, "Please report this as a bug."))
@@ -38,7 +44,9 @@ def verify_output(output: Output, out: Path, threads: int | None = None) -> dict
             **({"decoded": decoded} if decoded else {}), "files": files}  # fmt: skip
 
 
-def _look(output: Output, written: Checkpoint, threads: int, problems: list[str]) -> dict[str, dict[str, Any]]:
+def _look(
+    output: Output, written: Checkpoint, threads: int, known: Mapping[str, Shard], problems: list[str]
+) -> dict[str, dict[str, Any]]:
     """Read every file of the output once -> {name: its size, and sha256 if wanted}. Adds to `problems`; InputError for
     inputs with NaN or infinite values."""
     shards: dict[Path, list] = {}
@@ -47,7 +55,8 @@ def _look(output: Output, written: Checkpoint, threads: int, problems: list[str]
     copied = {name: source for name, source in output.sides.items() if isinstance(source, Path)}
     index = written.path / INDEX
     others = [written.path / name for name in output.sides] + ([index] if index.exists() else [])
-    with opened([*shards, *others], output.hashed) as digests, opened(copied.values()) as opened_sources:
+    unhashed = known if output.hashed else {*known, *(file.name for file in (*shards, *others))}
+    with opened([*shards, *others], unhashed) as digests, opened(copied.values()) as opened_sources:
         sources = {name: opened_sources[source.name] for name, source in copied.items()}
 
         def twin(name: str) -> Callable[..., None] | None:
@@ -64,15 +73,18 @@ def _look(output: Output, written: Checkpoint, threads: int, problems: list[str]
                 problems.append(f"{name}: holds other bytes than were written")
         if problems:
             return {}
-        lanes = (file_pieces(d, shards.get(d.file, ()), twin) for d in digests.values())
+        lanes = (file_pieces(d, shards.get(d.file, ()), twin, known.get(name)) for name, d in digests.items())
         seen = scan(dealt(lanes, threads), threads)
-        files = {name: ({"sha256": d.hexdigest()} if output.hashed else {}) | {"size": d.size}
+        files = {name: ({"sha256": known.get(name, d).hexdigest()} if output.hashed else {}) | {"size": d.size}
                  for name, d in sorted(digests.items())}  # fmt: skip
     for name in (n for n in (*written.tensors, *sources) if n in seen.changed):
         source = "{1} of {0.role} {0.path}".format(*output.copies[name]) if name in output.copies else copied[name]
         problems.append(f"{name}: not a byte copy of {source}")
     infinite = [name for name in written.tensors if name in seen.infinite]
     problems += [f"{name} has NaN or infinite values" for name in infinite if name not in output.copies]
+    told = seen.changed | set(infinite)
+    problems += [f"{name}: holds other bytes than were written" for name in (*known, *written.tensors)
+                 if name in seen.altered and name not in told]  # fmt: skip
     if not problems:
         _refuse_damaged(output.copies[name] for name in infinite)
     return files

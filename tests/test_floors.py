@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # module -> floor. A folder's entry ("demo") stands for all of its files. Every file must be covered.
 FLOORS = {
     "errors": 0, "container": 0, "environment": 0, "memory": 0, "progress": 0, "threads": 0, "kernels": 0, "": 0,
-    "linalg": 1, "findings": 1, "io": 1, "strict": 1, "workers": 1, "codec": 1, "gradient": 1, "outcome": 1, "sparsify": 1,
+    "linalg": 1, "findings": 1, "io": 1, "strict": 1, "workers": 1, "codec": 1, "arithmetic": 2, "gradient": 1, "outcome": 1, "sparsify": 1,
     "adapter": 2, "recipe": 2, "output": 2, "arch": 2, "jobs": 2, "markers": 2, "records": 2, "batches": 2,
     "mergekit": 4, "layout": 3, "calibration": 3, "plan": 3, "strengths": 3, "estimate": 3, "footprint": 3, "scan": 3,
     "quantized": 3, "stream": 3, "methods": 3, "sdpa": 3, "fingerprint": 4, "forward": 4, "capture_cache": 4, "capture": 5, "journal": 5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from damage import snapshot
 from safetensors.torch import load_file, save_file
 from test_memory import merged_by_command
 
-from streammerge import codec, merge, parse_recipe, pipeline, plain, scan
+from streammerge import arithmetic, codec, merge, parse_recipe, pipeline, plain, scan
 from streammerge.cli import main
 from streammerge.errors import InputError, ResourceError, UnchangedError, VerificationError
 from streammerge.io.checkpoint import Checkpoint
@@ -37,22 +38,25 @@ def recipe_of(paths, **keys):
     return parse_recipe(recipe_text(paths, None, **{"merge_method": "task_arithmetic", "lambda": 0.3} | keys), "t.yml")
 
 
-def assert_same_bytes(a: Path, b: Path) -> None:
-    """Every file but the report."""
+# what tells of the command and its budget, and the hashes of these
+OF_THE_RUN = ("README.md", "streammerge_config.yml", "streammerge_manifest.json", "SHA256SUMS")
+
+
+def assert_same_bytes(a: Path, b: Path, but: tuple[str, ...] = ()) -> None:
+    """Every file but the report, and those of `but`."""
     one, other = (
-        {p.name: p.read_bytes() for p in path.iterdir() if p.name != "streammerge_report.json"} for path in (a, b)
+        {p.name: p.read_bytes() for p in path.iterdir() if p.name not in ("streammerge_report.json", *but)}
+        for path in (a, b)
     )
-    assert one.keys() == other.keys() and len(one) > 3
+    assert one.keys() == other.keys() and len(one) > 1
     assert [name for name in one if one[name] != other[name]] == []
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Chunks and blocks far smaller than the test models' tensors, and dividing none of them."""
-    monkeypatch.setattr(plain, "CHUNK", 1500)
-    monkeypatch.setattr(plain, "BLOCK", 412)
-    monkeypatch.setattr(plain, "_ROW", 100)
-    monkeypatch.setattr(plain, "_COPY", 3000)
+    """Pieces far smaller than the test models' tensors, and dividing none of them."""
+    monkeypatch.setattr(scan, "PIECE", 824)
+    monkeypatch.setattr(arithmetic, "_ROW", 100)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def test_the_sweeps_bytes(mixed, tmp_path, keys):
     assert plain.is_plain(recipe)
     told = merge(recipe, tmp_path / "plain")
     swept = pipeline.merge(recipe, tmp_path / "swept")
-    assert_same_bytes(tmp_path / "plain", tmp_path / "swept")
+    assert_same_bytes(tmp_path / "plain", tmp_path / "swept", OF_THE_RUN)
     assert told["kernels"] == "numpy" and told["per_tensor"].keys() == swept["per_tensor"].keys()
     for name, found in told["per_tensor"].items():
         wanted = swept["per_tensor"][name]
@@ -119,7 +123,7 @@ def test_a_proxy_base(mixed, tmp_path):
     recipe = dataclasses.replace(recipe_of(mixed), base_model="", proxy_base=True)
     merge(recipe, tmp_path / "plain")
     pipeline.merge(recipe, tmp_path / "swept")
-    assert_same_bytes(tmp_path / "plain", tmp_path / "swept")
+    assert_same_bytes(tmp_path / "plain", tmp_path / "swept", OF_THE_RUN)
 
 
 def test_norms_of_weights_that_fp32_cannot_square(tmp_path):
@@ -173,6 +177,24 @@ def test_rounding_is_torchs(code, wide):
         codec.encode(values, code, out, np.empty(len(values), np.float32))
     wanted = torch.from_numpy(values).to(DTYPES[code])
     assert out.tobytes() == wanted.view(torch.uint8).numpy().tobytes()
+
+
+def test_pairs_are_what_single_words_are():
+    """Every word in both places of a pair; ties and random bits; several rows at a time."""
+    rng = np.random.default_rng(1)
+    words = np.arange(1 << 16, dtype=np.uint16)
+    words = np.stack([words, np.roll(words, 1), rng.permutation(words)])
+    wide, wanted = np.empty((3, 2, 1 << 15), np.float32), np.empty((3, 1 << 16), np.float32)
+    codec.decode_pairs(words, wide)
+    for row, out in zip(words, wanted, strict=True):
+        codec.decode(row, "BF16", out)
+    assert np.array_equal(wide.view(np.uint32), np.stack([wanted[:, ::2], wanted[:, 1::2]], 1).view(np.uint32))
+    bits = rng.integers(0, 1 << 32, (2, 100_000), dtype=np.uint32)
+    bits[:, :30_000] = bits[:, :30_000] & 0xFFFF0000 | 0x8000  # ties
+    values, pairs, single = bits.view(np.float32), np.empty(200_000, np.uint16), np.empty(200_000, np.uint16)
+    codec.encode_pairs(values, pairs, np.empty_like(values))
+    codec.encode(np.ascontiguousarray(values.T).reshape(-1), "BF16", single, np.empty(200_000, np.float32))
+    assert np.array_equal(pairs, single)
 
 
 @pytest.mark.parametrize("dtype", [
@@ -291,7 +313,7 @@ def test_ctrl_c(damaged, monkeypatch):
 
 
 def test_a_budget_that_one_thread_does_not_fit(damaged):
-    damaged.refused(ResourceError, "memory budget", budget={"host_memory": "10KB"})
+    damaged.refused(ResourceError, "memory budget", budget={"host_memory": "1KB"})
 
 
 def test_a_small_budget_means_fewer_threads(mixed):
@@ -320,9 +342,33 @@ def test_the_first_error_ends_all_jobs():
 # ---- the written checkpoint is looked at again
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 100])
+def test_the_sum_of_a_piece_hears_of_every_bit(size):
+    data = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    before = scan.word_sum(data)
+    for at in range(size):
+        for bit in range(8):
+            data[at] ^= 1 << bit
+            assert scan.word_sum(data) != before
+            data[at] ^= 1 << bit
+    assert scan.word_sum(data) == before < 1 << 64
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_hashes_taken_while_writing_are_the_files(mixed, tmp_path, threads):
+    """Several shards at a time, pieces in any order of threads."""
+    merge(recipe_of(mixed, shard_size="40KB"), tmp_path / "out", threads=threads)
+    lines = (tmp_path / "out" / "SHA256SUMS").read_text().splitlines()
+    assert sum("safetensors" in line for line in lines) > 2
+    for line in lines:
+        wanted, name = line.split("  ")
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == wanted, name
+
+
 @pytest.mark.parametrize("part, kind, told", [
     ("norm", VerificationError, "not a byte copy of model.layers.1.input_layernorm"),
     ("up_proj", VerificationError, "NaN or infinite"),
+    ("down_proj", VerificationError, "1.mlp.down_proj.weight: holds other bytes than were written"),
 ])  # fmt: skip
 @pytest.mark.parametrize("at", [0, -1])
 def test_a_disk_that_lies_is_caught(damaged, monkeypatch, part, kind, told, at):

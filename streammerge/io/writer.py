@@ -7,28 +7,24 @@ shard) is renamed last. What a killed writer leaves, the next one clears (claim.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, ResourceError, listed
-from ..memory import format_size
 from .checkpoint import INDEX, Checkpoint
 from .claim import STATE, Claim
-from .disk import pieces, reserve, start_writeback, sync_folder
-from .header import TensorInfo, encode_header, tensor_bytes
+from .disk import pieces, reserve, sync_folder
+from .header import encode_header, tensor_bytes
+from .partial import Partials
 from .shards import OutTensor, plan_shards
 
 if TYPE_CHECKING:
     import torch
-
-_LARGE = 1 << 18  # bytes worth a system call of their own
 
 
 class CheckpointWriter:
@@ -39,9 +35,8 @@ class CheckpointWriter:
     `go_on(folder)` is asked once OUT, where an earlier writer left unfinished files, is locked; `folder` is
     OUT/.streammerge. It returns the names of the tensors that are in place, or None to begin anew.
 
-    `files` are the final names, `bytes_written` the bytes handed to the kernel so far. What writes
-    tensors may be called from several threads, which must have ended before `finish` or `abort`. Raises InputError
-    where `out` cannot be used, ResourceError where the disk cannot.
+    `files` are the final names. What writes tensors may be called from several threads, which must have ended before
+    `finish` or `abort`. Raises InputError where `out` cannot be used, ResourceError where the disk cannot.
     """
 
     def __init__(
@@ -51,22 +46,23 @@ class CheckpointWriter:
         shard_bytes: int,
         go_on: Callable[[Path], set[str] | None] = lambda folder: None,
     ) -> None:
-        self.out, self.bytes_written = Path(out), 0
+        self.out = Path(out)
         self._tensors = {t.name: t for t in tensors}
+        self._sizes = {t.name: tensor_bytes(t.dtype, t.shape) for t in tensors}
         if len(self._tensors) < len(tensors) or "__metadata__" in self._tensors or shard_bytes <= 0:
             raise ValueError("tensor names must be unique and none '__metadata__', shard_bytes must be positive")
         self._place: dict[str, tuple[str, int]] = {}  # tensor -> file name, offset
-        headers: dict[str, tuple[bytes, int]] = {}  # file name -> first bytes, full size
+        self._headers: dict[str, bytes] = {}  # file name -> first bytes
+        sizes: dict[str, int] = {}
         for name, members in plan_shards(tensors, shard_bytes).items():
             raw, offsets = encode_header([(t.name, t.dtype, tuple(t.shape)) for t in members])
-            headers[name] = raw, len(raw) + sum(tensor_bytes(t.dtype, t.shape) for t in members)
+            self._headers[name], sizes[name] = raw, len(raw) + sum(self._sizes[t.name] for t in members)
             self._place |= {tensor: (name, offset) for tensor, offset in offsets.items()}
-        self._shards, self._side = list(headers), []
-        self._fds: dict[str, int] = {}
+        self._shards, self._side = list(sizes), []
+        self._files = Partials(self.out, sum(sizes.values()))
         self._left: dict[str, int] = {}  # tensor that is filled by pieces -> bytes still to come
         self._done: dict[str, bool] = {}  # tensor -> False while it is being written, then True
         self._mutex, self._claim, self._open = threading.Lock(), Claim(self.out), True
-        self._needed, self._free = sum(size for _, size in headers.values()), 0
         self._kept, placed = False, None
 
         def ask() -> bool:
@@ -75,9 +71,9 @@ class CheckpointWriter:
             return placed is not None
 
         try:
-            with self._guard(self.out):
+            with self._files.guard(self.out):
                 self._kept = self._claim.acquire(ask)
-            self._allocate(headers)
+            self._allocate(sizes)
             self._done = dict.fromkeys(placed or (), True)
         except BaseException:
             self.abort()
@@ -88,6 +84,19 @@ class CheckpointWriter:
         """Final names in the order in which they appear; the last one makes the checkpoint loadable."""
         return self._side + self._shards + ([INDEX] if len(self._shards) > 1 else [])
 
+    @property
+    def bytes_written(self) -> int:
+        """Bytes handed to the kernel so far."""
+        return self._files.bytes_written
+
+    @property
+    def layout(self) -> dict[str, tuple[bytes, dict[str, int]]]:
+        """{shard: its first bytes, {tensor: its size in bytes} in the file's order}."""
+        found = {file: (raw, {}) for file, raw in self._headers.items()}
+        for name, (file, _) in self._place.items():
+            found[file][1][name] = self._sizes[name]
+        return found
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put a CPU tensor of any contiguity in place, in any order; a non-contiguous one is copied once."""
         import torch
@@ -97,34 +106,38 @@ class CheckpointWriter:
         code = next((c for c, dtype in TORCH_DTYPES.items() if dtype == tensor.dtype), str(tensor.dtype))
         file, offset = self._start(name, code, tensor.shape, tensor.device.type)
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        self._put(file, memoryview(raw.numpy()), offset)
+        self._files.put(file, memoryview(raw.numpy()), offset)
         self._done[name] = True
 
     def copy(self, name: str, source: Checkpoint) -> None:
         """Copy a tensor's bytes from a checkpoint, inside the kernel where it can, else through one small buffer."""
         info = source.tensors[name]
         file, offset = self._start(name, info.dtype, info.shape, "cpu")
-        if name in source.encoded or not self._copy_in_kernel(file, offset, source.descriptor(name), info):
+        if name in source.encoded or not self._files.copy(file, offset, source.descriptor(name), info):
             for piece in source.chunks(name):
-                self._put(file, piece, offset)
+                self._files.put(file, piece, offset)
                 offset += len(piece)
         self._done[name] = True
 
     def begin(self, name: str, dtype: str, shape: Sequence[int]) -> None:
         """Announce a tensor that `put` fills piece by piece: every byte once, in any order."""
         self._start(name, dtype, shape, "cpu")
-        self._left[name] = tensor_bytes(dtype, shape)
+        self._left[name] = self._sizes[name]
         self._filled(name, 0)
 
     def put(self, name: str, data: memoryview, offset: int) -> None:
         """Put bytes of a tensor that was begun at a byte offset inside it. ValueError outside of the tensor: a bug."""
-        wanted = self._tensors.get(name)
-        size = tensor_bytes(wanted.dtype, wanted.shape) if wanted else 0
+        size = self._sizes[name] if name in self._left else 0
         if not self._open or name not in self._left or offset < 0 or offset + len(data) > size:
             raise ValueError(f"{name}: not begun, or bytes {offset} to {offset + len(data)} are outside of its {size}")
         file, start = self._place[name]
-        self._put(file, data, start + offset)
+        self._files.put(file, data, start + offset)
         self._filled(name, len(data))
+
+    def read_back(self, name: str, view: memoryview, offset: int) -> None:
+        """Fill `view` with bytes of a tensor that is in place, from a byte offset inside it."""
+        file, start = self._place[name]
+        self._files.read(file, view, start + offset)
 
     def _filled(self, name: str, nbytes: int) -> None:
         with self._mutex:
@@ -139,11 +152,11 @@ class CheckpointWriter:
         self._create(name)
         self._side.append(name)
         if isinstance(content, bytes):
-            self._put(name, memoryview(content), 0)
+            self._files.put(name, memoryview(content), 0)
         else:
             for offset, piece in pieces(content):
-                self._put(name, memoryview(piece), offset)
-        self._sync(name)
+                self._files.put(name, memoryview(piece), offset)
+        self._files.sync(name)
 
     def finish(self) -> None:
         """Make the checkpoint appear: fsync, then final names, the index last. ValueError lists unwritten tensors."""
@@ -151,21 +164,21 @@ class CheckpointWriter:
         if missing:
             raise ValueError(listed(f"{self.out}: {len(missing)} planned tensors were never written:", missing))
         for name in self._shards:
-            self._sync(name)
+            self._files.sync(name)
         if len(self._shards) > 1:
-            index = {"metadata": {"total_size": sum(tensor_bytes(t.dtype, t.shape) for t in self._tensors.values())},
+            index = {"metadata": {"total_size": sum(self._sizes.values())},
                      "weight_map": {t: self._place[t][0] for t in sorted(self._place)}}
             self._create(INDEX)
-            self._put(INDEX, memoryview((json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()), 0)
-            self._sync(INDEX)
-        with self._guard(self.out):
+            self._files.put(INDEX, memoryview((json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()), 0)
+            self._files.sync(INDEX)
+        with self._files.guard(self.out):
             *others, last = self.files
             for name in self.files:
                 self._claim.record(name)
             for name in others:
-                os.rename(self._partial(name), self.out / name)
+                os.rename(self._files.path(name), self.out / name)
             sync_folder(self.out)  # even a power cut must not keep the last name and lose another
-            os.rename(self._partial(last), self.out / last)
+            os.rename(self._files.path(last), self.out / last)
             sync_folder(self.out)
             sync_folder(self.out.absolute().parent)
         self._open = False
@@ -181,13 +194,11 @@ class CheckpointWriter:
 
     def flush(self) -> None:
         """What was written so far is on the disk."""
-        for file, fd in list(self._fds.items()):
-            with self._guard(self._partial(file)):
-                os.fdatasync(fd)
+        self._files.flush()
 
     def note(self, name: str) -> Path:
         """The path of a file that somebody else is about to create in OUT: it goes with the rest on an error."""
-        with self._guard(self.out / name):
+        with self._files.guard(self.out / name):
             self._claim.record(name)
         return self.out / name
 
@@ -198,8 +209,7 @@ class CheckpointWriter:
 
     def _discard(self) -> None:
         self._open = False
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        self._files.close()
         self._claim.release(discard=True)
 
     def __enter__(self) -> CheckpointWriter:
@@ -210,8 +220,7 @@ class CheckpointWriter:
             self._claim.release(discard=False)
         elif kind is not None and self._kept and not getattr(kind, "final", False):
             self._open = False
-            while self._fds:
-                os.close(self._fds.popitem()[1])
+            self._files.close()
             self._claim.suspend()
         else:
             self._discard()
@@ -229,88 +238,27 @@ class CheckpointWriter:
             self._done[name] = False
         return self._place[name]
 
-    def _allocate(self, headers: dict[str, tuple[bytes, int]]) -> None:
+    def _allocate(self, sizes: dict[str, int]) -> None:
         """Create all shards at their full size, headers included: a disk that is too small shows here."""
+        files = self._files
         if self._kept:
-            self._claim.retain({f"{name}{end}" for name in headers for end in ("", ".partial")})
-        self._free = shutil.disk_usage(self.out).free
-        if self._needed > self._free and not self._kept:
-            raise ResourceError(self._disk_full(self.out))
-        for name, (raw, size) in headers.items():
+            self._claim.retain({f"{name}{end}" for name in sizes for end in ("", ".partial")})
+        files.free = shutil.disk_usage(self.out).free
+        if files.needed > files.free and not self._kept:
+            raise ResourceError(files.disk_full(self.out))
+        for name, size in sizes.items():
+            raw = self._headers[name]
             if self._kept:
-                self._adopt(name, raw, size)
+                if not files.adopt(name, raw, size):
+                    raise InputError(f"{files.path(name)}: is not what the unfinished merge in {self.out} had written: "
+                                     "something else has changed it. Add --restart to begin anew")
                 continue
-            self._create(name)
-            with self._guard(self._partial(name)):
-                reserve(self._fds[name], size)
-            self._put(name, memoryview(raw), 0)
+            fd = self._create(name)
+            with files.guard(files.path(name)):
+                reserve(fd, size)
+            files.put(name, memoryview(raw), 0)
 
-    def _adopt(self, name: str, raw: bytes, size: int) -> None:
-        """Take over a shard that an earlier run began, or had already given its final name."""
-        partial, final = self._partial(name), self.out / name
-        with self._guard(partial):
-            if final.exists() and not partial.exists():
-                os.rename(final, partial)
-            try:
-                fd = self._fds[name] = os.open(partial, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except FileNotFoundError:
-                fd = -1
-            if fd < 0 or os.fstat(fd).st_size != size or os.pread(fd, len(raw), 0) != raw:
-                raise InputError(f"{partial}: is not what the unfinished merge in {self.out} had written: something "
-                                 "else has changed it. Add --restart to begin anew")
-
-    def _partial(self, name: str) -> Path:
-        return self.out / f"{name}.partial"
-
-    def _create(self, name: str) -> None:
-        with self._guard(self._partial(name)):
+    def _create(self, name: str) -> int:
+        with self._files.guard(self._files.path(name)):
             self._claim.record(f"{name}.partial")
-            self._fds[name] = os.open(self._partial(name), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-    def _put(self, file: str, data: memoryview, offset: int) -> None:
-        with self._guard(self._partial(file)):
-            done = 0
-            while done < len(data):
-                done += os.pwrite(self._fds[file], data[done:], offset + done)
-        self._count(file, offset, len(data))
-
-    def _copy_in_kernel(self, file: str, offset: int, source: int, info: TensorInfo) -> bool:
-        """copy_file_range from the descriptor `source`; False where it cannot: reading and writing then says why."""
-        done, target = 0, self._fds[file]
-        while done < info.nbytes:
-            try:
-                count = os.copy_file_range(source, target, info.nbytes - done, info.start + done, offset + done)
-            except (OSError, AttributeError):
-                return False
-            if count == 0:
-                return False
-            done += count
-        self._count(file, offset, done)
-        return True
-
-    def _count(self, file: str, offset: int, nbytes: int) -> None:
-        with self._mutex:
-            self.bytes_written += nbytes
-        if nbytes >= _LARGE:
-            start_writeback(self._fds[file], offset, nbytes)
-
-    def _sync(self, file: str) -> None:
-        """The file's bytes are on the disk, its descriptor is closed."""
-        with self._guard(self._partial(file)):
-            os.fsync(self._fds[file])
-            os.close(self._fds.pop(file))
-
-    @contextlib.contextmanager
-    def _guard(self, file: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResourceError(self._disk_full(file)) from error
-            raise ResourceError(f"{file}: cannot be written: {error.strerror}. Check the disk and its permissions, or "
-                                "choose another output directory") from error
-
-    def _disk_full(self, file: Path) -> str:
-        return (f"{file}: not enough disk: the weights need {format_size(self._needed)} ({self._needed} bytes), "
-                f"{format_size(self._free)} ({self._free} bytes) were free at the start. Free some space, or choose an "
-                "output directory on another disk")
+        return self._files.create(name)

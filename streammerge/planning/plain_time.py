@@ -10,32 +10,27 @@ import time
 
 import numpy as np
 
-from ..codec import WORDS, all_finite, decode, encode
-from ..plain import BLOCK, task_arithmetic
+from ..arithmetic import Chunk
+from ..codec import WORDS
 from ..plan import Plan, distinct
+from ..scan import PIECE
 from .disk import DiskSpeed
 
 _PROBE = 0.2  # seconds
 
 
 def block_speed(plan: Plan) -> float:
-    """Elements a second that one thread merges, by the steps of a block (plain.py) on numbers of the plan's dtypes."""
+    """Elements a second that one thread merges, on numbers of the plan's dtypes."""
     name = next(iter(plan.merged))
     codes = [c.tensors[name].dtype for c in (plan.lrm, plan.itm, plan.base)]
     code = next(t.dtype for t in plan.tensors if t.name == name)
-    wide = np.float64 if "F64" in codes else np.float32
-    stored, out = [np.ones(BLOCK, WORDS[c]) for c in codes], np.ones(BLOCK, WORDS[code])
-    lrm, delta, other = (np.zeros(BLOCK, wide) for _ in range(3))
+    chunk = Chunk({*codes, code}, {code}, PIECE)
+    for row, stored_as in zip(chunk.stored, codes, strict=False):
+        row.view(WORDS[stored_as])[:] = 0x3F80 if stored_as == "BF16" else 1
     done, began = 0, time.perf_counter()
     while time.perf_counter() - began < _PROBE:
-        for words, stored_as, into in zip(stored, codes, (lrm, delta, other), strict=True):
-            decode(words, stored_as, into)
-        np.subtract(delta, other, out=delta)
-        _ = delta @ delta, lrm @ lrm
-        task_arithmetic(lrm, delta, plan.merged[name].lam)
-        encode(delta, code, out, other.view(np.float32)[:BLOCK])
-        _ = all_finite(out, code), np.count_nonzero(out != out)
-        done += BLOCK
+        chunk.merge(codes, code, chunk.items, plan.merged[name].lam)
+        done += chunk.items
     return done / (time.perf_counter() - began)
 
 
