@@ -78,7 +78,7 @@ def edit_config(path: Path, **change) -> None:
 
 def by_bitsandbytes(path: Path) -> dict[str, torch.Tensor]:
     """Every quantised weight, dequantised by bitsandbytes' own functions."""
-    import bitsandbytes.functional as library
+    library = pytest.importorskip("bitsandbytes.functional")
 
     stored, found = weights(path), {}
     for name, tensor in stored.items():
@@ -148,14 +148,21 @@ def test_every_fp8_value():
 @pytest.mark.parametrize("nested", [True, False])
 def test_four_bits_of_any_size(tmp_path, shape, block, nested, dtype):
     """Above one piece of the decoder, off the blocks' borders, and in every dtype; laid out as transformers does."""
-    import bitsandbytes.functional as library
+    library = pytest.importorskip("bitsandbytes.functional")
 
     torch.manual_seed(shape[0])
     weight = torch.randn(shape).to(dtype)
     codes, state = library.quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type="nf4")
     parts = {"x.weight": codes} | {f"x.weight.{k}": t for k, t in state.as_dict(packed=True).items()}
     path = bare(tmp_path, parts, {"quant_method": "bitsandbytes", "load_in_4bit": True})
-    found = open_model(path, "lrm").read("x.weight")
+    checkpoint, pick = open_model(path, "lrm"), random.Random(1)
+    found = checkpoint.read("x.weight")
+    raw, item = found.view(torch.uint8).flatten().numpy().tobytes(), dtype.itemsize
+    for _ in range(20):  # across the nested blocks, too, which are 256 blocks each
+        start = pick.randrange(weight.numel())
+        stretch = bytearray(item * pick.randint(1, min(weight.numel() - start, 40000)))
+        checkpoint.read_into("x.weight", memoryview(stretch), item * start)
+        assert bytes(stretch) == raw[item * start :][: len(stretch)]
     if weight.numel() % block == 0:
         state.shape = (1, weight.numel())  # as one row: see `full`
     assert same_bits(found, library.dequantize_4bit(codes, state).view(shape))
@@ -189,7 +196,7 @@ def test_any_stretch_is_that_of_the_whole(forms, form):
 
 def test_decoding_holds_a_piece(tmp_path):
     """16 million weights of 4 bits: a stretch of them costs what a stretch costs."""
-    import bitsandbytes.functional as library
+    library = pytest.importorskip("bitsandbytes.functional")
 
     codes, state = library.quantize_4bit(torch.zeros(4096, 4096), blocksize=64, compress_statistics=True)
     parts = {"x.weight": codes} | {f"x.weight.{k}": t for k, t in state.as_dict(packed=True).items()}
@@ -218,7 +225,7 @@ def test_a_damaged_scale_shows(forms, tmp_path):
     shutil.copytree(forms["nf4-simple"], tmp_path / "m")
     stored = weights(tmp_path / "m")
     name = next(k for k in stored if k.endswith("q_proj.weight"))
-    stored[f"{name}.absmax"][3] = float("nan")
+    stored[f"{name}.absmax"].view(torch.int32)[3] = 0x7FFFFFFF  # a NaN that rounding to bf16 would make a zero
     save_file(stored, tmp_path / "m" / "model.safetensors", {"format": "pt"})
     found = open_model(tmp_path / "m", "lrm").read(name).flatten()
     assert found[192:256].isnan().all() and found.isnan().sum() == 64
@@ -247,6 +254,19 @@ def test_a_weight_without_its_scales(forms, tmp_path):
     with pytest.raises(InputError) as error:
         open_model(tmp_path / "m", "lrm")
     assert all(name.replace("SCB", "weight'") in str(error.value) for name in left)
+
+
+def test_fp8_scales_of_another_grid(full, tmp_path):
+    path = fp8_form(full["lrm"], tmp_path / "m")
+    stored = weights(path)
+    first, second, third = [k for k in stored if k.endswith("_scale_inv")][:3]
+    stored[first] = stored[first][:-1].contiguous()
+    stored[second] = stored[second].half()
+    stored[third.removesuffix("_scale_inv")] = torch.zeros(4, 4)
+    save_file(stored, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError) as error:
+        open_model(path, "lrm")
+    assert all(f"{name} is" in str(error.value) for name in (first, second)) and f"{third}: the" in str(error.value)
 
 
 METHODS = ["gptq", "awq", "mxfp4", "compressed-tensors", "fbgemm_fp8", "hqq", "aqlm", "something-new"]
