@@ -21,6 +21,7 @@ from .io.feed import SLOT, SLOTS
 from .plan import Plan
 
 LIBRARIES = 38 << 20  # what loads after the meter's start: modules, thread pools, LAPACK (36 to 40 MB, tiny models)
+_HOLES = 6 << 20  # bytes of its heap that a worker's small blocks leave unused (7 to 20 MB in all, one and two workers)
 _TOKENIZER = 18  # bytes of memory a byte of tokenizer.json, while samples are laid out (0.5 and 3.5 MB: 18 times)
 _TOKEN = 44  # bytes a token of a sample: its id as a Python number, and in its batch
 _CHUNK_CPU, _CHUNK_GPU = 1 << 19, 1 << 22  # fp32 elements of a weight in hand while it is composed (kernels)
@@ -158,7 +159,7 @@ def _twice(plan: Plan) -> bool:
 def cpu_moments(size: Sizes, workers: int, ahead: int, plan: Plan, *, spill: bool) -> list[Terms]:
     """The sums of a CPU, where everything is on the host: the survey; the merging pass at its stages."""
     surveys, twice = plan.recipe.surveys, _twice(plan)
-    always = {"libraries": LIBRARIES, "samples": size.samples}
+    always = {"libraries": LIBRARIES, "samples": size.samples, "holes in the heap": workers * _HOLES}
     layer = {"the LRM's layer": size.native, "read ahead": max(ahead, size.largest)}
     lent, merged = {"its compute copy": size.copy}, layer | {"the LRM's layer": size.written}
 

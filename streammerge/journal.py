@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,19 @@ _SHARE = 20  # a save may take one part in so many of the time
 
 class Journal:
     """The journal of one output directory. `state` is what an earlier run saved, None for a fresh start. `every`:
-    seconds between two saves, at least; 0 saves whenever it can, whatever it costs."""
+    seconds between two saves, at least; 0 saves whenever it can, whatever it costs. `tell` hears once of saves that
+    the disk refuses; so do `warnings`."""
 
-    def __init__(self, folder: Path, fingerprint: dict[str, Any], *, every: float = EVERY):
+    def __init__(
+        self, folder: Path, fingerprint: dict[str, Any], *, every: float = EVERY,
+        tell: Callable[[str], None] = lambda text: None,
+    ):  # fmt: skip
         self.folder, self.fingerprint, self.every = folder, fingerprint, every
         self.state: dict[str, Any] | None = None
         self.saved = False  # something durable is there: an error leaves it in place
         self.resumed_at: str | None = None
-        self._next = time.monotonic() + every
+        self.warnings: list[str] = []
+        self._tell, self._next = tell, time.monotonic() + every
 
     def open(self, *, restart: bool) -> None:
         """Read what is there, once the directory is locked. InputError that lists the differences where it belongs to
@@ -57,10 +63,10 @@ class Journal:
         """Whether it is time to save."""
         return time.monotonic() >= self._next
 
-    def save(self, state: dict[str, Any], began: float) -> None:
+    def save(self, state: dict[str, Any], began: float) -> bool:
         """Replace the journal; all that `state` speaks of is on the disk. `began`: time.monotonic() when saving began.
 
-        Raises ResourceError where the disk cannot take it.
+        Where the disk refuses, the journal stays as it was, and the answer is False.
         """
         partial = self.folder / (FILE + ".partial")
         body = json.dumps({"fingerprint": self.fingerprint, "state": state})
@@ -70,11 +76,27 @@ class Journal:
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(partial, self.folder / FILE)
-            sync_folder(self.folder)
         except OSError as error:
-            raise ResourceError(f"{partial}: the journal cannot be written: {error.strerror}; free some disk and run "
-                                "the same command again") from error
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            self.skip(f"{partial}: the journal cannot be written: {error.strerror}", began)
+            return False
         self.saved = True
+        with contextlib.suppress(OSError):  # then a power cut may find the one before
+            sync_folder(self.folder)
+        self._pause(began)
+        return True
+
+    def skip(self, why: str, began: float) -> None:
+        """A save that the disk has no room for is no reason to end a merge whose output has its own; told once."""
+        if not self.warnings:
+            last = "from the save before" if self.saved else "from the start"
+            self.warnings.append(f"{why}. The merge goes on without this save; if it is interrupted, the same command "
+                                 f"goes on {last}. Free some disk for shorter ways back")
+            self._tell(self.warnings[0])
+        self._pause(began)
+
+    def _pause(self, began: float) -> None:
         now = time.monotonic()
         self._next = now + (max(self.every, _SHARE * (now - began)) if self.every else 0.0)
 

@@ -95,7 +95,8 @@ def _merge_plain(
         budget = recipe.budget.host_memory
         limit = 0.9 * memory.total("host") if budget == "auto" else memory.parse_size(budget)
         fitted = fit_threads(plan, threads, limit or float("inf"))
-        journal = Journal(out / STATE, fingerprint(plan.output, {"path": "without calibration"}), every=save_every)
+        journal = Journal(out / STATE, fingerprint(plan.output, {"path": "without calibration"}), every=save_every,
+                          tell=progress.event)  # fmt: skip
         go_on = partial(resumed, journal, restart=restart)
         with CheckpointWriter(out, plan.tensors, memory.parse_size(recipe.shard_size), go_on) as writer:
             refuse_certainly_unchanged(plan)
@@ -116,6 +117,7 @@ def _merge_plain(
                 "seconds": {"total": round(time.perf_counter() - began, 3), "merge": round(merged, 3)},
                 "resumed_at": journal.resumed_at,
             }
+            result["warnings"] += journal.warnings
             conclude(writer, plan.output, result)
     return result
 

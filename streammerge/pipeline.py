@@ -97,7 +97,7 @@ def _merge(
         refuse_inside(out, distinct(plan.lrm, plan.itm, plan.base))
         dtype = compute_dtype(plan, where)
         found = fingerprint(plan.output, _circumstances(recipe, where, dtype))
-        journal = Journal(out / STATE, found, every=save_every)
+        journal = Journal(out / STATE, found, every=save_every, tell=progress.event)
         kept = Artifacts(Path(artifacts), plan, found) if artifacts else None
         go_on = partial(resumed, journal, restart=restart)
         with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size), go_on) as writer:  # a bad OUT first
@@ -123,7 +123,7 @@ def _merge(
                 **report.inputs(plan.output),
                 **told,
                 "warnings": [*warnings, *plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data),
-                             *(run.quantized.warnings() if run.quantized else [])],
+                             *(run.quantized.warnings() if run.quantized else []), *journal.warnings],
                 "calibration": data.notes | {"heldout": len(data.heldout)},
                 "verified": verify_output(plan.output, out),
                 "device": str(where),

@@ -11,19 +11,18 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .attention import LayerMass
-from .errors import InputError, ResourceError
+from .errors import InputError
+from .io.checkpoint import TORCH_DTYPES, Checkpoint
 from .io.drain import Drain
-from .journal import Journal
+from .io.header import encode_header, read_header
 from .outcome import Composed
 from .run import Run
 
@@ -39,19 +38,34 @@ def take(run: Run, drain: Drain, stage: str, layer: int) -> None:
     drain.flush()
     run.writer.flush()
     moved = run.streams.moving(stage, run.plan.recipe.surveys) if layer else []
-    file = _save_activations(journal, run, moved, f"{stage}-{layer:05d}") if moved else None
+    file = journal.folder / f"activations-{stage}-{layer:05d}.safetensors" if moved else None
+    try:
+        digest = _save_activations(file, run, moved) if file else None
+    except OSError as error:
+        _forget(file)
+        journal.skip(f"{file}: the snapshot for a resume cannot be written: {error.strerror}", began)
+        return
     names = [n for i in range(layer) for n in run.plan.layer_tensors(i)] if stage == "merge" else []
     run.writer.keep()
-    journal.save({
+    saved = journal.save({
         "stage": stage, "layer": layer, "placed": names,
         "label": f"{stage}: {layer} of {run.plan.layers} layers done",
         "masses": {str(i): [m.alignment.tolist(), m.leakage.tolist()] for i, m in run.masses.items()},
         "composed": {name: dataclasses.asdict(told) for name, told in run.composed.items()},
-        "activations": file and file.name, "sha256": file and _digest(file),
+        "activations": file and file.name, "sha256": digest,
     }, began)  # fmt: skip
+    if not saved:
+        run.writer.keep(journal.saved)
+        return _forget(file) if file else None
     for old in journal.folder.glob("activations-*.safetensors"):
         if old != file:
             old.unlink()
+
+
+def _forget(file: Path) -> None:
+    """What was written in vain leaves its room to the output."""
+    with suppress(OSError):
+        file.unlink()
 
 
 def restore(run: Run) -> tuple[str, int]:
@@ -66,39 +80,45 @@ def restore(run: Run) -> tuple[str, int]:
         held = read_back(run.journal.folder / state["activations"], state["sha256"])
         for name, stream in run.streams.named().items():
             for n in range(len(stream.batches)):
-                if f"{name}/{n}" in held:
-                    stream.stash.put(n, held[f"{name}/{n}"].to(run.model.device))
+                if f"{name}/{n}" in held.tensors:
+                    stream.stash.put(n, held.read(f"{name}/{n}").to(run.model.device))
     return state["stage"], state["layer"]
 
 
-def _save_activations(journal: Journal, run: Run, names: list[str], label: str) -> Path:
-    streams = run.streams.named()
-    tensors = {f"{name}/{n}": t.contiguous() for name in names for n, t in streams[name].stash.on_host().items()}
-    file = journal.folder / f"activations-{label}.safetensors"
-    with _telling(file):
-        save_file(tensors, file)
-        _sync(file)
-    return file
+def _save_activations(file: Path, run: Run, names: list[str]) -> str:
+    """These streams' hidden states as one safetensors file, a batch in memory at a time -> its SHA256. OSError."""
+    stashes = {name: run.streams.named()[name].stash for name in names}
+    order = [(name, n, shape, dtype) for name, stash in stashes.items() for n, (shape, dtype) in stash.kept().items()]
+    codes = {dtype: code for code, dtype in TORCH_DTYPES.items()}
+    found = hashlib.sha256()
+    with open(file, "wb", buffering=0) as out:
+        pieces = [encode_header([(f"{name}/{n}", codes[dtype], tuple(shape)) for name, n, shape, dtype in order])[0]]
+        for piece in chain(pieces, (_raw(stashes[name].on_host(n)) for name, n, *_ in order)):
+            found.update(piece)
+            left = memoryview(piece)
+            while left:
+                left = left[out.write(left) :]
+        os.fsync(out.fileno())
+    return found.hexdigest()
 
 
-@contextmanager
-def _telling(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ResourceError(f"{file}: the snapshot for a resume cannot be written ({error}); free some disk and run "
-                            "the same command again") from error
+def _raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def read_back(file: Path, sha256: str) -> dict[str, Tensor]:
+def read_back(file: Path, sha256: str) -> Checkpoint:
     """Tensors that the merge which is gone on with had saved. InputError where they are not what they were."""
+    problems: list[str] = []
     try:
         if _digest(file) != sha256:
             raise OSError("its hash has changed")
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
+        found = read_header(file, problems)
+        if problems:
+            raise OSError(problems[0])
+    except OSError as error:
         raise InputError(f"{file}: is not what the unfinished merge had written ({error}). Add --restart to begin "
                          "anew") from error
+    return Checkpoint(file.parent, "snapshot", found, {})
 
 
 def _digest(file: Path) -> str:
@@ -108,11 +128,3 @@ def _digest(file: Path) -> str:
         while piece := stream.read(1 << 22):
             found.update(piece)
     return found.hexdigest()
-
-
-def _sync(file: Path) -> None:
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

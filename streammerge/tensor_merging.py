@@ -79,7 +79,8 @@ def merge_config(
         refuse_inside(out, plan.inputs)
         count = fit_threads(plan, threads or usable_cores(), _limit(asked.host_memory))
         choices = {"path": "tensors", "device": device, "seed": asked.seed, "jobs": _hash(plan)}
-        journal = Journal(out / STATE, fingerprint(output, choices), every=save_every)
+        journal = Journal(out / STATE, fingerprint(output, choices), every=save_every,
+                          tell=progress.event)  # fmt: skip
         go_on = partial(resumed, journal, restart=restart)
         with CheckpointWriter(out, plan.tensors, memory.parse_size(asked.shard_size), go_on) as writer:
             started = time.perf_counter()
@@ -97,6 +98,7 @@ def merge_config(
                 "seconds": {"total": round(time.perf_counter() - began, 3), "merge": round(merged, 3)},
                 "resumed_at": journal.resumed_at,
             }
+            result["warnings"] += journal.warnings
             conclude(writer, output, result)
     return result
 

@@ -16,6 +16,7 @@ from builders import recipe_text
 from streammerge import journal, merge, parse_recipe, plain, threads
 from streammerge.errors import InputError
 from streammerge.journal import FILE, Journal
+from streammerge.progress import Progress
 
 KINDS = {
     "model scope": {},
@@ -207,3 +208,29 @@ def test_a_flipped_bit_in_the_activations_is_noticed(trio, sets, tmp_path, monke
     file.write_bytes(raw)
     with pytest.raises(InputError, match=rf"{file.name}: is not what.*hash.*--restart"):
         merge(parse_recipe(recipe.read_text(), str(recipe)), out)
+
+
+@pytest.mark.parametrize("fails", ["activations", "journal"])
+def test_a_save_without_room_does_not_end_the_merge(trio, sets, tmp_path, monkeypatch, capsys, fails):
+    """Told once, on stderr and in the report; the output has its own room. What a failed save wrote is removed."""
+    import builtins
+    import errno
+
+    recipe, plain_open, failed = parse_recipe(recipe_text(trio, sets), "test.yml"), open, []
+
+    def full(file, *args, **kwargs):
+        name = Path(file).name if isinstance(file, (str, Path)) else ""
+        if name.startswith(fails) and "w" in "".join(args[:1]):
+            failed.append(name)
+            plain_open(file, *args, **kwargs).close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return plain_open(file, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", full)
+        report = merge(recipe, tmp_path / "out", save_every=0.0, progress=Progress("auto"))
+    merge(recipe, tmp_path / "whole")
+    assert len(failed) > 2 and content(tmp_path / "out") == content(tmp_path / "whole")
+    told = [w for w in report["warnings"] if "No space left" in w]
+    assert len(told) == 1 and "goes on without" in told[0] and capsys.readouterr().err.count("No space left") == 1
+    assert not (tmp_path / "out/.streammerge").exists()

@@ -33,9 +33,10 @@ def test_what_is_spilled_comes_back(tmp_path, dtype):
     for n in (3, 0, 2, 1):
         assert torch.equal(stash.fetch(n), batches[n]) and torch.equal(stash.part(n, 1), batches[n][1])
     assert stash.nbytes == sum(t.numel() * dtype.itemsize for t in batches.values())
-    assert all(torch.equal(t, batches[n]) for n, t in stash.on_host().items()) and len(stash.on_host()) == 4
+    assert stash.kept() == {n: (t.shape, t.dtype) for n, t in batches.items()}
+    assert all(torch.equal(stash.on_host(n), t) for n, t in batches.items())
     stash.drop()
-    assert stash.nbytes == 0 and stash.on_host() == {}
+    assert stash.nbytes == 0 and stash.kept() == {}
 
 
 def spilling(monkeypatch, seen: list) -> None:

@@ -13,7 +13,6 @@ hand and its neighbours there.
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import threading
@@ -60,9 +59,15 @@ class Stash:
         """One slice along the first dimension of what was put, on the device."""
         return self._away.part(batch, index) if self._away else self._held[batch][index]
 
-    def on_host(self) -> dict[int, Tensor]:
-        """Every batch, on the host."""
-        return self._away.on_host() if self._away else {n: t.cpu() for n, t in self._held.items()}
+    def on_host(self, batch: int) -> Tensor:
+        """One batch, on the host."""
+        return self._away.on_host(batch) if self._away else self._held[batch].cpu()
+
+    def kept(self) -> dict[int, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of every batch that was put."""
+        if self._away:
+            return self._away.kept()
+        return {n: (t.shape, t.dtype) for n, t in self._held.items()}
 
     def drop(self) -> None:
         """Forget every batch: the stream has been all the way up."""
@@ -106,9 +111,12 @@ class _HostBlocks:
         hidden.record_stream(stream)
         return hidden
 
-    def on_host(self) -> dict[int, Tensor]:
-        self._out.synchronize()
-        return self.blocks
+    def on_host(self, batch: int) -> Tensor:
+        self._left[batch].synchronize()
+        return self.blocks[batch]
+
+    def kept(self) -> dict[int, tuple[torch.Size, torch.dtype]]:
+        return {n: (t.shape, t.dtype) for n, t in self.blocks.items()}
 
     def part(self, batch: int, index: int) -> Tensor:
         self._left[batch].synchronize()
@@ -157,13 +165,13 @@ class _SpillFile:
 
     def bring(self, batch: int) -> Tensor:
         start, shape, dtype = self._place[batch]
-        return self._read(start, shape, dtype)
+        return self._read(start, shape, dtype, self._device)
 
     def part(self, batch: int, index: int) -> Tensor:
         start, shape, dtype = self._place[batch]
-        return self._read(start + index * shape[1:].numel() * dtype.itemsize, shape[1:], dtype)
+        return self._read(start + index * shape[1:].numel() * dtype.itemsize, shape[1:], dtype, self._device)
 
-    def _read(self, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _read(self, start: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         raw = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
         view, done = memoryview(raw.numpy()), 0
         try:
@@ -175,17 +183,14 @@ class _SpillFile:
         except OSError as error:
             raise ResourceError(f"{self._folder}: spilled activations cannot be read: {error.strerror}; give "
                                 "--scratch-dir another disk") from error
-        return raw.view(dtype).reshape(shape).to(self._device)
+        return raw.view(dtype).reshape(shape).to(device)
 
-    def on_host(self) -> dict[int, Tensor]:
-        if not self.nbytes:
-            return {}
-        pages = mmap.mmap(self._file.fileno(), self.nbytes, access=mmap.ACCESS_COPY)  # torch wants it writable
-        whole = torch.frombuffer(pages, dtype=torch.uint8)
-        return {
-            batch: whole[start : start + shape.numel() * dtype.itemsize].view(dtype).reshape(shape)
-            for batch, (start, shape, dtype) in self._place.items()
-        }
+    def on_host(self, batch: int) -> Tensor:
+        start, shape, dtype = self._place[batch]
+        return self._read(start, shape, dtype, torch.device("cpu"))
+
+    def kept(self) -> dict[int, tuple[torch.Size, torch.dtype]]:
+        return {n: (shape, dtype) for n, (_, shape, dtype) in self._place.items()}
 
     def drop(self) -> None:
         self._place.clear()

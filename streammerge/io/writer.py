@@ -188,9 +188,10 @@ class CheckpointWriter:
         with self._mutex:
             return [name for name, done in self._done.items() if done]
 
-    def keep(self) -> None:
-        """From now on an error leaves what was written, for a later run to go on with."""
-        self._kept = True
+    def keep(self, kept: bool = True) -> None:
+        """From now on an error leaves what was written, for a later run to go on with; or does not, where nothing was
+        saved to go on from."""
+        self._kept = kept
 
     def flush(self) -> None:
         """What was written so far is on the disk."""
