@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,10 +173,23 @@ class Merge:
 
     def reduce(self, work: Callable[[Chunk], torch.Tensor], spans: Sequence[Span] | None = None) -> torch.Tensor:
         """Σ work(chunk), added one by one in the spans' order whatever thread was first."""
-        first, *others = self.each(work, spans)
-        for partial in others:
-            first = first + partial
-        return first
+        spans = self.spans() if spans is None else spans
+        turns = {span.index: turn for turn, span in enumerate(spans)}
+        waiting: dict[int, torch.Tensor] = {}  # few: kept, small results would lie between large blocks of the heap
+        lock, done, total = Lock(), 0, None
+
+        def add(chunk: Chunk) -> None:
+            nonlocal done, total
+            found = work(chunk)
+            with lock:
+                waiting[turns[chunk.span.index]] = found
+                while done in waiting:
+                    partial = waiting.pop(done)
+                    total = partial if total is None else total + partial
+                    done += 1
+
+        self.each(add, spans)
+        return total
 
     def map(self, work: Callable[[Chunk], torch.Tensor], spans: Sequence[Span] | None = None) -> None:
         """Write work(chunk), values of D in D or in the wide dtype, as the output's span. InputError: not finite."""

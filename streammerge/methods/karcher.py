@@ -43,7 +43,7 @@ class _Search:
 
     def __init__(self, merge: Merge, stored, norms: torch.Tensor, used: list[int], share: float, tol: float):
         self.merge, self.stored, self.norms, self.used, self.share, self.tol = merge, stored, norms, used, share, tol
-        self.length: torch.Tensor | None = None  # of what is stored; None: it is a unit vector
+        self.length: torch.Tensor | None = None  # of what is stored; None: it is as it should be
 
     def unit(self, chunk: Chunk, i: int) -> torch.Tensor:
         return (chunk.sources[i] / self.norms[i]).to(self.merge.dtype)
@@ -63,9 +63,9 @@ class _Search:
             return mean
 
         self._store(first)
-        if self.length < self.tol:
+        if self.length is None:
             self._store(lambda chunk: self.unit(chunk, self.used[0]))
-            self.length = None
+            self.length = None  # as it is, also where rounding has left it a little longer
 
     def step(self) -> bool:
         """Move m once; False where it has arrived."""
