@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 
 from .environment import unknown
-from .errors import ResourceError, StreamMergeError
+from .errors import Refused, ResourceError, StreamMergeError
 from .flags import parser
 from .memory import format_size, tame_allocator
 from .threads import usable_cores
@@ -169,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _COMMANDS[args.command](args)
     except StreamMergeError as error:
-        return _failed(args, f"error: {error}{_unfinished(args)}", error.exit_code)
+        return _failed(args, f"error: {error}{'' if isinstance(error, Refused) else _unfinished(args)}",
+                       error.exit_code)
     except OSError as error:  # the system's refusal where nobody expected one
         what = f"{error.filename}: " if error.filename is not None else ""
         return _failed(args, f"error: {what}{error.strerror or error}{_unfinished(args)}", ResourceError.exit_code)

@@ -28,6 +28,10 @@ class InputError(StreamMergeError):
     exit_code = 3
 
 
+class Refused(InputError):
+    """OUT holds what this command cannot go on with: another merge, or a damaged one."""
+
+
 class ResourceError(StreamMergeError):
     """Not enough memory or disk for the job."""
 

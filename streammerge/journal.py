@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, ResourceError, listed
+from .errors import Refused, ResourceError, listed
 from .fingerprint import differences
 from .io.disk import sync_folder
 
@@ -43,7 +43,7 @@ class Journal:
         self._tell, self._next = tell, time.monotonic() + every
 
     def open(self, *, restart: bool) -> None:
-        """Read what is there, once the directory is locked. InputError that lists the differences where it belongs to
+        """Read what is there, once the directory is locked. Refused, which lists the differences, where it belongs to
         another merge, unless `restart` says to drop it."""
         found = None if restart else read(self.folder)
         if found is None:
@@ -53,7 +53,7 @@ class Journal:
         before, state = found
         changed = differences(before, json.loads(json.dumps(self.fingerprint)))
         if changed:
-            raise InputError(listed(
+            raise Refused(listed(
                 f"{self.folder.parent}: holds an unfinished merge that differs from this one:", changed,
                 "Run it as it was to go on, add --restart to drop it and begin anew, or choose another OUT."))
         self.state, self.saved = state, True

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .attention import LayerMass
-from .errors import InputError
+from .errors import Refused
 from .io.checkpoint import TORCH_DTYPES, Checkpoint
 from .io.drain import Drain
 from .io.header import encode_header, read_header
@@ -107,7 +107,7 @@ def _raw(tensor: Tensor) -> memoryview:
 
 
 def read_back(file: Path, sha256: str) -> Checkpoint:
-    """Tensors that the merge which is gone on with had saved. InputError where they are not what they were."""
+    """Tensors that the merge which is gone on with had saved. Refused where they are not what they were."""
     problems: list[str] = []
     try:
         if _digest(file) != sha256:
@@ -116,7 +116,7 @@ def read_back(file: Path, sha256: str) -> Checkpoint:
         if problems:
             raise OSError(problems[0])
     except OSError as error:
-        raise InputError(f"{file}: is not what the unfinished merge had written ({error}). Add --restart to begin "
+        raise Refused(f"{file}: is not what the unfinished merge had written ({error}). Add --restart to begin "
                          "anew") from error
     return Checkpoint(file.parent, "snapshot", found, {})
 

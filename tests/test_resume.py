@@ -234,3 +234,44 @@ def test_a_save_without_room_does_not_end_the_merge(trio, sets, tmp_path, monkey
     told = [w for w in report["warnings"] if "No space left" in w]
     assert len(told) == 1 and "goes on without" in told[0] and capsys.readouterr().err.count("No space left") == 1
     assert not (tmp_path / "out/.streammerge").exists()
+
+
+@pytest.mark.parametrize("kind", ["model scope", "plain"])
+def test_killed_while_it_tidies_up_nothing_is_done_again(trio, sets, tmp_path, monkeypatch, kind):
+    """Between clearing the state and dropping the lock: the merge is whole, and the same command says so."""
+    from streammerge.io.claim import Claim
+    from streammerge.planning.run import plan_merge
+
+    text, out = recipe_text(trio, None if kind == "plain" else sets, **KINDS[kind]), tmp_path / "out"
+    recipe = parse_recipe(text, "test.yml")
+    clear = Claim._clear_state
+
+    def dying(self):
+        clear(self)
+        if (self.out / TIMES).exists():
+            os.close(self._fd)  # as a kill does
+            self._fd = -1
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Claim, "_clear_state", dying)
+        merge(recipe, out)
+    assert (out / ".streammerge/lock").exists() and (out / TIMES).exists()
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in sorted(out.iterdir()) if f.is_file()}
+    with pytest.raises(InputError, match="holds a finished merge.*streammerge verify"):
+        plan_merge(recipe, out)
+    with pytest.raises(InputError, match="holds a finished merge.*streammerge verify"):
+        merge(recipe, out, restart=True)
+    assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in sorted(out.iterdir()) if f.is_file()} == before
+    assert not (out / ".streammerge").exists()
+    with pytest.raises(InputError, match="is not empty"):
+        merge(recipe, out)
+
+
+def test_a_refusal_does_not_promise_that_the_same_command_goes_on(trio, sets, tmp_path, monkeypatch, capsys):
+    from streammerge.cli import main
+
+    recipe, out = saved_halfway(trio, sets, tmp_path, monkeypatch)
+    assert main(["merge", str(recipe), str(out), "--lambda", "0.5", "--quiet"]) == 3
+    told = capsys.readouterr().err
+    assert "differs from this one" in told and "the same command" not in told

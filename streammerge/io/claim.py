@@ -15,12 +15,21 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, Refused
 from .checkpoint import Checkpoint
 
 _ARTIFACTS = ("journal.json", "journal.json.partial", "activations-*.safetensors", ".tmp*")  # the last: a kill while
 # the safetensors library saves
 STATE = ".streammerge"  # the one name that an output directory may hold: artifacts of an earlier, unfinished merge
+
+_FINISHED = "/finished"  # the record's last line once all of the merge is there: no plain name
+
+
+def refuse_finished(out: Path, record: list[str]) -> None:
+    """InputError where the record says that the merge in OUT had come to its end, and only its lock was left."""
+    if record and record[-1] == _FINISHED:
+        raise Refused(f"{out}: holds a finished merge, which was killed while it tidied up: nothing is missing "
+                      f"(streammerge verify {out}); choose a new directory for another")
 
 
 def refuse_inside(out: Path, models: Iterable[Checkpoint]) -> None:
@@ -71,6 +80,10 @@ class Claim:
             self._make(self.path.parent)
             self._lock()
             record = os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode("utf-8", "replace").splitlines()
+            if record[-1:] == [_FINISHED]:
+                self._folders = [self.path.parent]
+                self.release(discard=False)
+                refuse_finished(self.out, record)
             if record:
                 left = [n for n in dict.fromkeys(record[1:]) if n and Path(n).name == n]  # believe plain names
                 kept = self._decide(go_on)
@@ -123,6 +136,9 @@ class Claim:
         Never raises: it runs while another error is on its way to the user. A second call does nothing.
         """
         if self._fd >= 0:
+            if not discard:  # a kill from here on leaves a finished merge, not one to be done again
+                with contextlib.suppress(OSError):
+                    self._append(_FINISHED)
             self._clear_state()
         if discard:
             self._unlink(self._names)
@@ -170,7 +186,7 @@ class Claim:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
                 pid = os.pread(fd, 32, 0).split(b"\n")[0].decode("utf-8", "replace") or "unknown"
-                raise InputError(f"another merge (pid {pid}) is writing to {self.out}: wait for it to end, or choose "
+                raise Refused(f"another merge (pid {pid}) is writing to {self.out}: wait for it to end, or choose "
                                  "another output directory") from None
             finally:
                 if self._fd != fd:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import InputError, ResourceError
 from ..fingerprint import fingerprint
-from ..io.claim import STATE
+from ..io.claim import STATE, refuse_finished
 from ..io.header import encode_header, tensor_bytes
 from ..io.shards import plan_shards
 from ..journal import Journal, read
@@ -97,6 +97,7 @@ def _record(out: Path) -> list[str]:
                              "it to end, or choose another output directory") from None
     finally:
         os.close(fd)
+    refuse_finished(out, record)
     return record[1:]
 
 
