@@ -88,7 +88,6 @@ class Plan:
             card=recipe.card,
             sbom=recipe.sbom,
             hash_inputs=recipe.hash_inputs,
-            hash_inputs=recipe.hash_inputs,
         )
 
     def layer_tensors(self, layer: int) -> list[str]:
