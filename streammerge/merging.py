@@ -57,7 +57,8 @@ def merge(
         check(Path(out), also)
     report = _merge(recipe, Path(out), device=device, restart=restart, save_every=save_every, artifacts=artifacts,
                     **settings)  # fmt: skip
-    report["also"] = write_also(Path(out), also, shard_size=recipe.shard_size, **settings) if also else {}
+    if also:  # not in OUT's own report, which was whole before
+        report["also"] = write_also(Path(out), also, shard_size=recipe.shard_size, **settings)
     return report
 
 

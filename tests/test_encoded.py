@@ -246,6 +246,33 @@ def test_parts_that_do_not_fit_are_all_named(forms, tmp_path):
         assert told in str(error.value)
 
 
+@pytest.mark.parametrize("change", [
+    {"blocksize": 3}, {"blocksize": True}, {"blocksize": "64"}, {"shape": [1] * 9}, {"shape": []}, {"shape": [2**40]},
+    {"shape": [-64, -64]}, {"shape": [64.0, 64]}, {"shape": "64"}, {"dtype": "int8"}, {"dtype": None},
+    {"nested_blocksize": 0}, {"nested_offset": 10**400}, {"nested_offset": "0"}, {"nested_offset": None},
+])  # fmt: skip
+def test_a_hostile_quant_state(forms, tmp_path, change):
+    """A line for the user, never a traceback or wrong weights."""
+    shutil.copytree(forms["nf4"], tmp_path / "m")
+    stored = weights(tmp_path / "m")
+    name = next(k for k in stored if "quant_state" in k)
+    state = json.loads(stored[name].numpy().tobytes()) | change
+    stored[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    save_file(stored, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="quant_state"):
+        open_model(tmp_path / "m", "lrm")
+
+
+@pytest.mark.parametrize("told", [{}, [], "gptq", 3, {"quant_method": ["gptq"]}, {"quant_method": "\x1b[2J"},
+                                  {"quant_method": "fp8", "weight_block_size": [0, 128]},
+                                  {"quant_method": "bitsandbytes"}, {"load_in_4bit": True}])  # fmt: skip
+def test_a_hostile_quantization_config(full, tmp_path, told):
+    edit_config(shutil.copytree(full["lrm"], tmp_path / "m"), quantization_config=told)
+    with pytest.raises(InputError) as error:
+        open_model(tmp_path / "m", "lrm")
+    assert "config.json: " in str(error.value) and "\x1b" not in str(error.value)
+
+
 def test_a_weight_without_its_scales(forms, tmp_path):
     shutil.copytree(forms["int8"], tmp_path / "m")
     stored = weights(tmp_path / "m")

@@ -130,7 +130,7 @@ def _four_bit(stored: Checkpoint, name: str, state: TensorInfo, kind: str) -> tu
     except ValueError as error:
         raise Unreadable(f"{state.name}: is not valid JSON: {error}") from None
     block, shape, dtype = said.get("blocksize"), said.get("shape"), str(said.get("dtype"))
-    sizes = isinstance(shape, list) and all(type(n) is int and 0 < n < 2**31 for n in shape)
+    sizes = isinstance(shape, list) and 0 < len(shape) < 9 and all(type(n) is int and 0 < n < 2**31 for n in shape)
     if not sizes or type(block) is not int or block not in _BLOCKS or dtype not in DTYPES:
         raise Unreadable(f"{state.name}: blocksize {block!r}, shape {str(shape)[:60]} and dtype {dtype[:20]!r} are not "
                          "what bitsandbytes writes")
@@ -141,13 +141,14 @@ def _four_bit(stored: Checkpoint, name: str, state: TensorInfo, kind: str) -> tu
     pairs = np.stack([np.repeat(codes, 16), np.tile(codes, 16)], axis=1)
     nested, scales, offset, outer = None, None, np.float32(0), 0
     if "nested_offset" in said:
-        outer = said.get("nested_blocksize")
-        if type(outer) is not int or outer not in _BLOCKS or type(said["nested_offset"]) not in (int, float):
-            raise Unreadable(f"{state.name}: nested_blocksize {outer!r} is not what bitsandbytes writes")
+        outer, shift = said.get("nested_blocksize"), said["nested_offset"]
+        if type(outer) is not int or outer not in _BLOCKS or type(shift) not in (int, float) or abs(shift) > 1e30:
+            raise Unreadable(f"{state.name}: nested_blocksize {str(outer)[:20]}, nested_offset {str(shift)[:20]} are "
+                             "not what bitsandbytes writes")
         absmax = _part(stored, f"{name}.absmax", {"U8"}, blocks, "a byte a block")
         nested = _part(stored, f"{name}.nested_absmax", {"F32"}, 4 * -(-blocks // outer), "a number a nested block")
         values = _part(stored, f"{name}.nested_quant_map", {"F32"}, 1024, "256 values")
-        scales, offset = _floats(_reader(stored), values, 0, 256), np.float32(said["nested_offset"])
+        scales, offset = _floats(_reader(stored), values, 0, 256), np.float32(shift)
     else:
         absmax = _part(stored, f"{name}.absmax", {"F32"}, 4 * blocks, "a number a block")
     how = FourBit(kind, weight, absmax, nested, pairs, scales, offset, block, outer, count)

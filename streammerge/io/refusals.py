@@ -32,5 +32,6 @@ def advice(method: Any, told: Any) -> str:
     read = "read are bitsandbytes nf4, fp4 and int8, and fp8 with a weight_block_size"
     if not isinstance(method, str):
         return f"quantization_config names no quant_method ({str(told)[:60]}); {read}: {_ORIGINAL}"
-    form = "fp8 without a weight_block_size" if method == "fp8" else method[:40]
+    form = method[:40] if method.isprintable() else ascii(method[:40])
+    form = "fp8 without a weight_block_size" if method == "fp8" else form
     return f"the weights are quantised as {form}, which is not read ({read}): {_INSTEAD.get(method, _ORIGINAL)}"
