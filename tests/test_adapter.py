@@ -245,3 +245,11 @@ def test_files(trio, adapter):
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="adapter_config.json: is not valid JSON"):
         open_adapter(adapter, "instruct_model")
+
+
+def test_bases_of_fewer_modules_are_not_reused(trio, sets, adapter, make_recipe, tmp_path):
+    """An adapter's merge leaves bases of its own sites alone: another λ takes them, another ITM does not."""
+    reused = [merge(recipe, tmp_path / str(n), artifacts=tmp_path / "kept")["artifacts"]["reused"] for n, recipe in
+              enumerate([recipe_of(trio, sets, adapter, **FIXED), make_recipe(**FIXED),
+                         recipe_of(trio, sets, adapter, **FIXED, **{"lambda": 0.5})])]  # fmt: skip
+    assert reused == [[], [], ["bases"]]

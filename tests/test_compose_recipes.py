@@ -19,6 +19,7 @@ from streammerge.errors import InputError, RecipeError, UnchangedError
 from streammerge.io.checkpoint import open_checkpoint
 from streammerge.plan import make_plan
 from streammerge.sparsify import _key
+from streammerge.task_vector import task_vector
 
 BY_NAME = [{"filter": "mlp", "value": [0.5, 1.5]}, {"filter": "layers.2.", "value": 0.25}, {"value": 0.7}]
 FIXED = {"coefficients": {"rule": "uniform", "value": 1.0}}  # α = 1 exactly: the report rounds it
@@ -110,6 +111,15 @@ def test_masks_know_no_layers_batches_and_threads(trio, make_recipe, tmp_path):
     assert not torch.equal(found["all"], found["other seed"])
 
 
+def test_the_kernel_gets_the_vector_itself(trio):
+    """W_I − W_B as the projection forms it is S(Δ) bit for bit, which W_B + S(Δ) in place of W_I would not be."""
+    plan = make_plan(plain_recipe(trio, sparsify={"method": "magnitude", "density": 0.3}))
+    for name in plan.merged:
+        itm, base = (checkpoint.read(key) for checkpoint, key in plan.sources(name))
+        vector = task_vector(plan, name, [itm, base])
+        assert torch.equal(vector.itm - vector.base, sparse("magnitude", itm - base, 0.3, name).float())
+
+
 def test_density_one_is_the_plain_merge(make_recipe, tmp_path):
     merge(make_recipe(), tmp_path / "plain")
     merge(make_recipe(sparsify={"method": "magnitude", "density": 1}), tmp_path / "whole")
@@ -136,6 +146,8 @@ def test_lambda_by_layer_and_name(trio, sets, tmp_path, method):
     for name, told in report["per_tensor"].items():
         wanted = 1.0 if "v_proj" in name else lam_of(name)
         assert told["lambda"] == pytest.approx(wanted)
+        if method == "task_arithmetic":
+            assert told["applied"] == pytest.approx(wanted * told["delta"])
         assert torch.equal(merged[name], scalars[told["lambda"]][name]), name
     assert all(torch.equal(merged[n], lrm[n]) for n in lrm if n not in report["per_tensor"])
 
