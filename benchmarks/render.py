@@ -169,12 +169,28 @@ def kills() -> str:
     return "\n".join(lines)
 
 
+def budget() -> str:
+    """The table of planned and measured peaks, a row a cell."""
+    rows = [json.loads(text) for text in (RESULTS / "cpu-budget.jsonl").read_text().splitlines()]
+    head = ("model", "`--host-memory`", "tokens a batch x workers", "planned", "measured", "difference")
+    lines = [f"| {' | '.join(head)} |", 6 * "|---" + "|"]
+    for one in rows:
+        f = one["facts"]
+        size = f"{f['hidden']} x {f['wide']}, {f['heads']}/{f['kv_heads']} heads, {f['layers']} layers"
+        model = f"{f['shape']}: {size}, {f['dtype']}, {f['tokens'] / 1e3:.0f}k tokens"
+        how = f"{f['tokens_per_batch']} x {f['workers']}" + (", spilled" if f["spill"] else "")
+        lines.append(f"| {model} | {f['budget']} | {how} | {f['planned'] / 1e6:.0f} MB | {one['median']:.0f} MB | "
+                     f"{100 * f['error']:+.1f} % |")  # fmt: skip
+    worst = max(abs(one["facts"]["error"]) for one in rows)
+    return "\n".join([*lines, "", f"Worst difference: {100 * worst:.1f} %."])
+
+
 def main() -> None:
     """Replace what stands between the comment lines."""
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, table in (("demo", demo()), ("kernels", kernels()), ("capture", capture()), ("faults", faults()),
-                        ("kills", kills()), ("sweep", scaling.table(RESULTS))):
+                        ("kills", kills()), ("budget", budget()), ("sweep", scaling.table(RESULTS))):
         marked = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=marked: new, text, flags=re.DOTALL)
     readme.write_text(text)

@@ -143,6 +143,6 @@ def test_the_readme_has_the_measured_tables():
     render = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(render)
     text = (root / "README.md").read_text()
-    for name, table in (("faults", render.faults()), ("kills", render.kills())):
+    for name, table in (("faults", render.faults()), ("kills", render.kills()), ("budget", render.budget())):
         assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in text, f"python benchmarks/render.py: {name}"
     assert " (!)" not in render.faults(), "a fault ended otherwise than wanted"
