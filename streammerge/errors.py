@@ -67,10 +67,18 @@ class MarkersError(StreamMergeError):
     exit_code = 7
 
 
+class Overflow(InputError):
+    """Activations that are not finite though all weights are. `where`: which."""
+
+    def __init__(self, where: str):
+        self.where = where
+        super().__init__(f"{where} are not finite: the compute dtype overflows; set compute_dtype: float32 (or "
+                         "bfloat16) in the recipe")
+
+
 def overflow(where: str) -> InputError:
     """The error for activations that are not finite though all weights are."""
-    return InputError(f"{where} are not finite: the compute dtype overflows; set compute_dtype: float32 (or bfloat16) "
-                      "in the recipe")
+    return Overflow(where)
 
 
 def listed(headline: str, problems: Iterable[str], advice: str = "", most: int = 20) -> str:

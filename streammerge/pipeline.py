@@ -20,7 +20,7 @@ import torch
 from . import kernels, memory, quantized, report
 from .artifacts import Artifacts
 from .calibration import CalibrationSet, load_calibration
-from .errors import OutOfMemory, RecipeError, ResourceError
+from .errors import InputError, OutOfMemory, Overflow, RecipeError, ResourceError
 from .estimate import Estimate, predict
 from .fingerprint import fingerprint
 from .finish import conclude, peaks, refuse_certainly_unchanged, refuse_unchanged
@@ -111,9 +111,9 @@ def _merge(
                 streams = Streams.open(data, estimate.tokens_per_batch, where, offload=estimate.offload, spill=spill)
                 run = Run(plan, model, data, streams, writer, progress, estimate.ahead, estimate.keep, spill)
                 run.journal, run.artifacts = journal, kept
-                with _telling_memory(estimate.tokens_per_batch):
+                with _telling_memory(estimate.tokens_per_batch), _naming_model(plan, dtype):
                     _sweep(run)
-                told = _describe(run)
+                    told = _describe(run)
             if kept:
                 kept.finish(run.masses)
             refuse_unchanged(plan, told["totals"])
@@ -161,6 +161,19 @@ def _telling_memory(tokens: int) -> Iterator[None]:
         if "can't allocate memory" not in str(error):
             raise
         raise OutOfMemory(tokens, "host") from error
+
+
+@contextmanager
+def _naming_model(plan: Plan, dtype: torch.dtype) -> Iterator[None]:
+    """Activations that overflow are told with their model; in fp32 or bf16, which hardly can, its config is doubted."""
+    try:
+        yield
+    except Overflow as error:
+        advice = str(error)
+        if dtype != torch.float16:
+            advice = (f"{error.where} are not finite, though all weights are and {dtype} has the room: is config.json "
+                      "that of these weights (rms_norm_eps, rope_parameters)? Download both again")
+        raise InputError(f"reasoning_model: {plan.lrm.path}: {advice}") from error
 
 
 def spill_folder(recipe: Recipe, out: Path, estimate: Estimate) -> Path | None:
