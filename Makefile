@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow lint bench bench-gpu settings trio clean
+.PHONY: help demo test test-slow test-parity lint bench bench-gpu settings trio clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       merge the bundled trio and print the comparison"
 	@echo "make test       lint and all tests (under 10 minutes on two cores)"
 	@echo "make test-slow  more than 20,000 damaged inputs (SEED=1; a quarter of an hour at most)"
+	@echo "make test-parity  the same bits as mergekit 0.1.5, in an environment of its own"
 	@echo "make lint       ruff"
 	@echo "make bench      measure, and append rows to benchmarks/results"
 	@echo "make bench-gpu  test the kernels on a GPU and measure them; then python benchmarks/render.py"
@@ -28,6 +29,18 @@ test: $(VENV)/ready-test lint
 SEED ?= 1
 test-slow: $(VENV)/ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/runner.py --seed $(SEED)
+
+# STREAMMERGE_MERGEKIT: a Python that has mergekit 0.1.5; without it one is made in .venv-parity. Writes the table's rows.
+STREAMMERGE_MERGEKIT ?= $(CURDIR)/.venv-parity/bin/python
+test-parity: $(VENV)/ready-test $(if $(wildcard $(STREAMMERGE_MERGEKIT)),,.venv-parity/ready)
+	STREAMMERGE_MERGEKIT=$(STREAMMERGE_MERGEKIT) OMP_NUM_THREADS=1 \
+	STREAMMERGE_PARITY_OUT=benchmarks/results/cpu-parity.jsonl $(BIN)/pytest -s tests/parity
+
+.venv-parity/ready: constraints.txt
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-parity/bin/python -m pip install --quiet mergekit==0.1.5
+	touch $@
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
@@ -58,4 +71,4 @@ $(VENV)/ready-test: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-parity build dist *.egg-info .pytest_cache .ruff_cache

@@ -14,6 +14,7 @@ import re
 import statistics
 from pathlib import Path
 
+import parity_table
 import scaling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,7 +191,8 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, table in (("demo", demo()), ("kernels", kernels()), ("capture", capture()), ("faults", faults()),
-                        ("kills", kills()), ("budget", budget()), ("sweep", scaling.table(RESULTS))):
+                        ("kills", kills()), ("budget", budget()), ("sweep", scaling.table(RESULTS)),
+                        ("parity", parity_table.committed(RESULTS))):  # fmt: skip
         marked = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=marked: new, text, flags=re.DOTALL)
     readme.write_text(text)
