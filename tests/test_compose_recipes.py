@@ -113,11 +113,13 @@ def test_masks_know_no_layers_batches_and_threads(trio, make_recipe, tmp_path):
 
 def test_the_kernel_gets_the_vector_itself(trio):
     """W_I − W_B as the projection forms it is S(Δ) bit for bit, which W_B + S(Δ) in place of W_I would not be."""
-    plan = make_plan(plain_recipe(trio, sparsify={"method": "magnitude", "density": 0.3}))
+    plan = make_plan(plain_recipe(trio, sparsify={"method": "dare", "density": 0.3}))
     for name in plan.merged:
         itm, base = (checkpoint.read(key) for checkpoint, key in plan.sources(name))
         vector = task_vector(plan, name, [itm, base])
-        assert torch.equal(vector.itm - vector.base, sparse("magnitude", itm - base, 0.3, name).float())
+        delta = itm - base
+        wanted = torch.where(sparse("dare", delta, 0.3, name) != 0, delta / 0.3, 0)
+        assert torch.equal(vector.itm - vector.base, wanted)
 
 
 def test_density_one_is_the_plain_merge(make_recipe, tmp_path):
