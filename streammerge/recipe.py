@@ -154,7 +154,6 @@ class Recipe:
     card: bool = True  # README.md in OUT, a model card
     sbom: bool = True  # streammerge_sbom.cdx.json in OUT; needs the manifest's hashes
     hash_inputs: bool = False  # read all of them once more, for the manifest and the SBOM
-    hash_inputs: bool = False  # read all of them once more, for the manifest and the SBOM
     allow_unchanged: bool = False
     budget: Budget = Budget()
     source: str = setting("<recipe>", hidden=True)  # the file it was read from
