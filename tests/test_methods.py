@@ -242,6 +242,8 @@ def test_slerp_is_the_arc(t, tmp_path, monkeypatch):
     assert (found - wanted).abs().max() < 1e-6
     near = merged(tmp_path, "slerp", [a + 1e-3 * b], a, parameters={"t": t})
     assert (near - (a + t * 1e-3 * b)).abs().max() < 1e-6
+    axis = torch.eye(40)[:1]
+    assert torch.equal(merged(tmp_path, "slerp", [axis], axis, parameters={"t": t}), axis)  # θ is 0
 
 
 def test_slerp_and_karcher_do_not_know_their_chunks(tmp_path, monkeypatch):

@@ -35,8 +35,7 @@ def sce(merge: Merge, *, int8_mask: bool = False, select_topk: float = 1.0) -> N
         found = [chunk.delta(i) for i in range(merge.models)]
         if selected is not None:
             mask = selected.holds(magnitude_bits(_variance(found)), chunk.span.index)
-            keep = mask | torch.iinfo(mask.dtype).min  # a dropped entry keeps its sign
-            found = [(d.view(mask.dtype) & keep).view(d.dtype) for d in found]
+            found = [(d.view(mask.dtype) & mask).view(d.dtype) for d in found]
         return [d.to(merge.wide) for d in found]
 
     def squares(chunk: Chunk) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Task vectors with entries dropped: by magnitude, at random, by magnitude at both ends, at random by rank.
 
 A sparsifier is made for one tensor and asked chunk by chunk. What it must know of the whole tensor (thresholds, L1
-norms) it finds in passes of its own. Dropped entries become zeros that keep their sign, as a product with 0 does.
+norms) it finds in passes of its own. Dropped entries become +0: where mergekit has −0, its sum loses it.
 """
 
 from __future__ import annotations
@@ -53,11 +53,8 @@ class Sparsifier:
 
     def _masked(self, chunk: Chunk, i: int, delta: torch.Tensor) -> torch.Tensor:
         """The entries that are kept, in the dtype in which norms are taken."""
-        import torch
-
         mask = self.kept(chunk, i, delta)
-        bits = delta.view(mask.dtype)
-        return (bits & (mask | torch.iinfo(mask.dtype).min)).view(delta.dtype).to(self.work)
+        return (delta.view(mask.dtype) & mask).view(delta.dtype).to(self.work)
 
     def _restore_norms(self) -> None:
         """scale_i = ‖δ_i‖₁ / ‖dropped δ_i‖₁, norms and quotient rounded to the dtype that mergekit works in."""

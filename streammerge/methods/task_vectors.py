@@ -62,8 +62,8 @@ def agreement(merge: Merge, terms: Sequence[torch.Tensor]) -> tuple[list[torch.T
     """-> (|term| where a term has the sign of Σ terms, else 0; that sign: ±1, + for 0)."""
     import torch
 
-    # copysign and relu are fast where comparisons of floats are not; + 0.0 makes +0 of −0
-    elected = torch.copysign(torch.ones((), dtype=merge.wide, device=terms[0].device), merge.round(total(terms)) + 0.0)
+    # copysign and relu are fast where comparisons of floats are not; total never gives −0
+    elected = torch.copysign(torch.ones((), dtype=merge.wide, device=terms[0].device), merge.round(total(terms)))
     return [(term * elected).relu() for term in terms], elected
 
 
