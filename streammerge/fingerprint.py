@@ -1,8 +1,8 @@
 """What a merge's bytes depend on, in a form that two runs can compare: inputs, recipe, versions, choices of the plan.
 
 Weights are known by their headers' hash and each file's size and modification time: reading half a terabyte to find
-out that nothing has changed would cost as much as the merge. Small files (configs, tokenizer, calibration sets) are
-hashed whole.
+out that nothing has changed would cost as much as the merge. The recipe's `hash_inputs` asks for it all the same. Small
+files (configs, tokenizer, calibration sets) are hashed whole.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from . import __version__
 from .errors import InputError
 from .io.checkpoint import Checkpoint
 from .output import Output
+from .scan import dealt, file_pieces, opened, scan
+from .threads import usable_cores
 
 _UNBOUND = ("budget", "allow_unchanged")  # recipe keys that leave the bytes alone; a budget's choices are told apart
 
@@ -37,6 +39,8 @@ def _looked_at(output: Output, choices: dict[str, Any]) -> dict[str, Any]:
     found |= {f"recipe: {key}": value for key, value in _flat(recipe)}
     for role, checkpoint in output.inputs.items():
         found |= _of_checkpoint(role, checkpoint)
+        if output.hash_inputs:
+            found |= {f"{role}: {name}: SHA256": digest for name, digest in whole_hashes(checkpoint).items()}
     for name, content in output.sides.items():
         found[f"{output.donor.role}: {name}"] = _hash(content)
     for kind, path in output.calibration.items():
@@ -44,6 +48,14 @@ def _looked_at(output: Output, choices: dict[str, Any]) -> dict[str, Any]:
     found |= {f"version of {name}": importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     found["machine"] = platform.machine()
     return found | {f"run: {key}": value for key, value in choices.items()}
+
+
+def whole_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA256 of every file of weights by its name, read piece by piece, several files at a time."""
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    with opened(files) as digests:
+        scan(dealt(map(file_pieces, digests.values()), usable_cores()))
+        return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -275,3 +275,22 @@ def test_a_refusal_does_not_promise_that_the_same_command_goes_on(trio, sets, tm
     assert main(["merge", str(recipe), str(out), "--lambda", "0.5", "--quiet"]) == 3
     told = capsys.readouterr().err
     assert "differs from this one" in told and "the same command" not in told
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_changed_byte_of_the_same_size_and_time_is_noticed_with_hash_inputs(sets, tmp_path, monkeypatch, whole):
+    from builders import save_trio
+
+    trio = save_trio(tmp_path / "trio", "llama")
+    recipe, out = saved_halfway(trio, sets, tmp_path, monkeypatch, hash_inputs=whole)
+    shard = sorted(trio["itm"].glob("*.safetensors"))[-1]  # same_size_and_time
+    raw, times = bytearray(shard.read_bytes()), (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    os.utime(shard, ns=times)
+    parsed = parse_recipe(recipe.read_text(), str(recipe))
+    if whole:
+        with pytest.raises(InputError, match=rf"instruct_model: {shard.name}: SHA256: was"):
+            merge(parsed, out)
+    else:
+        merge(parsed, out)
