@@ -19,7 +19,7 @@ from streammerge import parse_recipe
 from streammerge.calibration import CalibrationSet, InstructionSample, ReasoningSample
 from streammerge.estimate import predict
 from streammerge.memory import format_size
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 
 # hidden, intermediate, layers, query heads, kv heads, vocabulary
 SHAPES = {

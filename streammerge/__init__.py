@@ -1,7 +1,7 @@
 """streammerge: a memory-lean streaming merger for large reasoning models.
 
-    from streammerge import load_recipe, merge
-    report = merge(load_recipe("recipe.yml"), "merged-model")
+    import streammerge
+    report = streammerge.merge("recipe.yml", "merged-model")
 
 Names resolve on first use: importing this package does not import torch.
 """
@@ -12,8 +12,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "merge": "api",
+    "plan": "api",
+    "verify": "api",
     "MergeReport": "api",
     "Step": "progress",
+    "Findings": "findings",
     "load_recipe": "recipe",
     "parse_recipe": "recipe",
     "Recipe": "recipe",

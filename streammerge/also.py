@@ -35,7 +35,7 @@ from .memory import parse_size
 from .output import Output
 from .progress import Progress
 from .threads import in_parallel, usable_cores
-from .verify import verify_output
+from .verified import verify_output
 
 METHODS = ("nf4", "int8")
 FACTS = "streammerge_quantized.json"

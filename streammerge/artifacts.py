@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from .attention import LayerMass
 from .bases import LayerBases, SiteBasis
 from .errors import ResourceError
-from .plan import Plan
+from .planned import Plan
 
 # of a fingerprint: what neither follows from, then what only bases do (the markers lay out both sets), then only masses
 _OF_THE_MERGE = ("recipe: lambda", "recipe: instruct_model", "recipe: base_model", "recipe: proxy_base",

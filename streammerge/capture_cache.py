@@ -26,7 +26,7 @@ from .errors import InputError
 from .io.checkpoint import TORCH_DTYPES, Checkpoint
 from .io.drain import Drain, on_host
 from .io.header import encode_header, read_header, tensor_bytes
-from .plan import Plan
+from .planned import Plan
 from .quantized import BLOCK, pack, unpack, version
 from .recipe import MODULES, Recipe
 

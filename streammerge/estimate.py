@@ -14,7 +14,7 @@ from .calibration import CalibrationSet
 from .errors import ResourceError, listed
 from .footprint import Terms, cpu_moments, gpu_moments, sizes
 from .memory import format_size, parse_size, total
-from .plan import Plan
+from .planned import Plan
 
 
 @dataclass(frozen=True)

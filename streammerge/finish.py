@@ -11,7 +11,7 @@ from . import manifest, memory, report
 from .errors import ResourceError, UnchangedError
 from .io.writer import CheckpointWriter
 from .output import Output
-from .plan import Plan
+from .planned import Plan
 from .release.files import release_files
 
 _LEAST_EFFECT = 1e-2  # a merge that applies less than this share of ‖Δ‖ is the LRM with extra steps

@@ -18,7 +18,7 @@ from .calibration import CalibrationSet
 from .io.checkpoint import TORCH_DTYPES
 from .io.drain import WAITING
 from .io.feed import SLOT, SLOTS
-from .plan import Plan
+from .planned import Plan
 
 LIBRARIES = 38 << 20  # what loads after the meter's start: modules, thread pools, LAPACK (36 to 40 MB, tiny models)
 _HOLES = 6 << 20  # bytes of its heap that a worker's small blocks leave unused (7 to 20 MB in all, one and two workers)

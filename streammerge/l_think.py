@@ -17,7 +17,7 @@ from .errors import overflow
 from .forward import Stream, StreamedModel
 from .io.checkpoint import Checkpoint
 from .linalg import full_precision
-from .verify import is_finite
+from .verified import is_finite
 
 _CHUNK_ELEMENTS = 1 << 20  # of the output embedding, and of the logits, held at a time: 4 and 8 MiB
 

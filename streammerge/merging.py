@@ -21,12 +21,12 @@ from .io.writer import CheckpointWriter
 from .journal import EVERY, Journal, resumed
 from .outcome import Composed
 from .plain import Threads, fit_threads, is_plain, merge_plain
-from .plan import Plan, distinct, make_plan
+from .planned import Plan, distinct, make_plan
 from .progress import Progress
 from .recipe import Recipe
 from .tensor_merging import Request, merge_config
 from .threads import usable_cores
-from .verify import verify_output
+from .verified import verify_output
 
 
 def merge(

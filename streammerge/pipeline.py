@@ -32,12 +32,12 @@ from .journal import EVERY, Journal, resumed
 from .l_think import think_loss
 from .markers import find_markers, load_tokenizer
 from .memory import parse_size
-from .plan import Plan, distinct, make_plan
+from .planned import Plan, distinct, make_plan
 from .progress import Progress
 from .recipe import Recipe
 from .run import Run, Streams
 from .sweep import surveyed, sweep
-from .verify import verify_output
+from .verified import verify_output
 from .workers import Workers
 
 _LEAST_TOKENS = 256  # of a batch: below it smaller ones save little

@@ -27,12 +27,12 @@ from .io.writer import CheckpointWriter
 from .journal import Journal
 from .memory import format_size
 from .outcome import Composed
-from .plan import Plan
+from .planned import Plan
 from .progress import Progress
 from .recipe import Recipe
 from .scan import Shard, dealt
 from .threads import in_parallel
-from .verify import non_finite_everywhere
+from .verified import non_finite_everywhere
 
 
 def is_plain(recipe: Recipe) -> bool:

@@ -18,7 +18,7 @@ from .gradient import shown
 from .memory import format_size
 from .outcome import Composed
 from .output import Output
-from .plan import Plan
+from .planned import Plan
 from .recipe import MODULES
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from .io.feed import Feed
 from .io.stash import Stash
 from .io.writer import CheckpointWriter
 from .journal import Journal
-from .plan import Plan
+from .planned import Plan
 from .progress import Progress
 
 

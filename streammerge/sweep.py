@@ -39,11 +39,11 @@ from .io.stash import Stash
 from .io.writer import CheckpointWriter
 from .linalg import full_precision
 from .memory import give_back
-from .plan import Plan
+from .planned import Plan
 from .run import Run
 from .snapshot import restore, take
 from .task_vector import TaskVector, task_vector
-from .verify import non_finite_everywhere
+from .verified import non_finite_everywhere
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

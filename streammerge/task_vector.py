@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from .planned import Plan
 from .sparsify import sparsify
 
 

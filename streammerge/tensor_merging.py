@@ -24,7 +24,7 @@ from .mergekit import Config, is_mergekit, load_config, make_tensor_plan
 from .progress import Progress
 from .tensorwise import arguments, check_jobs, fit_threads, merge_tensors, methods_of, thread_bytes
 from .threads import usable_cores
-from .verify import verify_output
+from .verified import verify_output
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from streammerge import merge, parse_recipe
 from streammerge.adapter import open_adapter
 from streammerge.cli import main
 from streammerge.errors import InputError, RecipeError, UnchangedError
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 from streammerge.task_vector import task_vector
 
 PEFT = Path(__file__).parent / "adapter"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import typing
 
 import pytest
 
+import streammerge
 from streammerge import api, load_recipe
 from streammerge.errors import InputError, ResourceError
 from streammerge.progress import Progress, Step
@@ -27,6 +29,13 @@ def test_from_plan_to_verify(make_recipe, tmp_path, capfd):
     found = api.verify(out)
     assert found.error() is None and found.tensors == report["tensors"]["merged"] + report["tensors"]["copied"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_public_name_is_no_module():
+    """Importing a submodule puts it in the place of the name in the package."""
+    modules = {info.name for info in pkgutil.iter_modules(streammerge.__path__)}
+    assert not modules & set(streammerge.__all__)
+    assert streammerge.plan is api.plan and streammerge.verify is api.verify and streammerge.merge is api.merge
 
 
 def test_a_path_is_a_recipe(make_recipe, tmp_path):

@@ -17,7 +17,7 @@ from streammerge.arch import SITE_OF
 from streammerge.cli import main
 from streammerge.errors import InputError, RecipeError, UnchangedError
 from streammerge.io.checkpoint import open_checkpoint
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 from streammerge.sparsify import _key
 from streammerge.task_vector import task_vector
 

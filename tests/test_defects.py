@@ -24,7 +24,7 @@ from streammerge.forward import Stream, StreamedModel
 from streammerge.io.checkpoint import Checkpoint
 from streammerge.markers import load_tokenizer
 from streammerge.pipeline import calibrate
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 from streammerge.progress import Progress
 from streammerge.recipe import MODULES
 

@@ -17,7 +17,7 @@ from fuzz.targets import TARGETS
 from streammerge import load_recipe, merge
 from streammerge.errors import InputError
 from streammerge.io.checkpoint import INDEX, open_checkpoint
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 
 COUNTS = {"header": 400, "index": 300, "recipe": 200, "calibration": 60, "config": 60, "tokenizer": 40, "merge": 12}
 SEED = 2026

@@ -18,7 +18,7 @@ from streammerge.calibration import Instruction, InstructionSample
 from streammerge.compose import LayerAlpha, compose
 from streammerge.errors import InputError, RecipeError
 from streammerge.pipeline import pick_device
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 from streammerge.sdpa import AttentionInputs
 
 CPU = torch.device("cpu")

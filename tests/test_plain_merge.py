@@ -23,7 +23,7 @@ from streammerge.cli import main
 from streammerge.errors import InputError, ResourceError, UnchangedError, VerificationError
 from streammerge.io.checkpoint import Checkpoint
 from streammerge.io.writer import CheckpointWriter
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 from streammerge.progress import Progress
 from streammerge.threads import in_parallel
 

@@ -25,7 +25,7 @@ from streammerge.cli import main
 from streammerge.fingerprint import fingerprint
 from streammerge.io.checkpoint import open_checkpoint
 from streammerge.journal import Journal
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 from streammerge.planning import disk, plain_time, sweep_time
 from streammerge.planning.disk import DiskSpeed
 from streammerge.planning.sweep_time import Speeds, sweep_parts

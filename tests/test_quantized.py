@@ -19,7 +19,7 @@ from streammerge import capture_cache, merge, parse_recipe, pipeline, quantized,
 from streammerge.capture_cache import Quantized, checksum
 from streammerge.errors import InputError, RecipeError
 from streammerge.io.checkpoint import Checkpoint
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install streammerge[quantized]")
 

@@ -142,7 +142,7 @@ def test_paths_of_a_mergekit_recipe_are_shown_short(home):
 
 
 def load_output(home):
-    from streammerge.plan import make_plan
+    from streammerge.planned import make_plan
 
     return make_plan(load_recipe(home / "plain.yml")).output
 

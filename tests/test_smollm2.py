@@ -35,7 +35,7 @@ def merged(smollm2, tmp_path_factory):
     """The calibration, the output and the report of one `streammerge merge` in its own process."""
     from streammerge import load_recipe
     from streammerge.pipeline import calibrate
-    from streammerge.plan import make_plan
+    from streammerge.planned import make_plan
     from streammerge.progress import Progress
 
     root = tmp_path_factory.mktemp("smollm2")

@@ -16,7 +16,7 @@ from streammerge import merge, parse_recipe, pipeline
 from streammerge.errors import ResourceError
 from streammerge.estimate import predict
 from streammerge.io.stash import Stash
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 from streammerge.progress import Progress
 
 CPU = torch.device("cpu")

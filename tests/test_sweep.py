@@ -15,7 +15,7 @@ from safetensors import safe_open
 from streammerge import merge, parse_recipe, pipeline
 from streammerge.estimate import predict
 from streammerge.pipeline import calibrate
-from streammerge.plan import make_plan
+from streammerge.planned import make_plan
 from streammerge.progress import Progress
 
 VARIANTS = {

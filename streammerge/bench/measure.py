@@ -24,11 +24,11 @@ from ..io.checkpoint import side_files
 from ..io.writer import CheckpointWriter
 from ..l_think import think_loss
 from ..memory import parse_size
-from ..plan import Plan
+from ..planned import Plan
 from ..progress import Progress
 from ..run import Run, Streams
 from ..sweep import read_order, sweep
-from ..verify import verify_output
+from ..verified import verify_output
 from ..workers import Workers
 
 

@@ -27,7 +27,7 @@ from ..estimate import Estimate, predict
 from ..io.header import tensor_bytes
 from ..memory import format_size
 from ..pipeline import compute_dtype, pick_device
-from ..plan import Plan, make_plan
+from ..planned import Plan, make_plan
 from ..progress import Progress
 from ..recipe import Budget, parse_recipe
 from ..sweep import surveyed

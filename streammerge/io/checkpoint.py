@@ -36,7 +36,7 @@ __all__ = ["TORCH_DTYPES", "TensorInfo", "Checkpoint", "open_checkpoint", "resol
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".index.json", ".onnx_data", *OTHER_WEIGHTS)
 _CARDS = ("readme", "modelcard", "model_card")
-_STALE = ("streammerge_", "mergekit_config", "sha256sums")  # they describe the files of another checkpoint, not of the output
+_STALE = ("streammerge_", "mergekit_config", "sha256sums")  # they describe another checkpoint's files
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..io.checkpoint import Checkpoint
 from ..io.disk import byte_buffer
-from ..plan import distinct
+from ..planned import distinct
 
 PIECE = 4 << 20  # bytes read or written at a time
 READ, READ_SECONDS = 256 << 20, 2.0

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..arithmetic import Chunk
 from ..codec import WORDS
-from ..plan import Plan, distinct
+from ..planned import Plan, distinct
 from ..scan import PIECE
 from .disk import DiskSpeed
 

@@ -20,7 +20,7 @@ from ..io.header import encode_header, tensor_bytes
 from ..io.shards import plan_shards
 from ..journal import Journal, read
 from ..memory import format_size, parse_size
-from ..plan import Plan
+from ..planned import Plan
 
 RESUMED, DROPPED = "is resumed", "is dropped, the merge begins anew"
 

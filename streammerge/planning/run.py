@@ -17,7 +17,7 @@ from ..finish import refuse_certainly_unchanged
 from ..io.checkpoint import side_files
 from ..io.claim import refuse_inside
 from ..plain import Threads, fit_threads, is_plain
-from ..plan import Plan, distinct, make_plan
+from ..planned import Plan, distinct, make_plan
 from ..progress import Progress
 from ..recipe import Recipe
 from ..threads import usable_cores

@@ -21,7 +21,7 @@ from ..arch import SITES
 from ..batches import make_batches
 from ..calibration import CalibrationSet
 from ..estimate import Estimate
-from ..plan import Plan
+from ..planned import Plan
 from ..recipe import Basis
 
 _PROBE = 0.4  # seconds for each speed

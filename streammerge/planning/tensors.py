@@ -8,7 +8,7 @@ from typing import Any
 
 from ..arch import SITE_OF
 from ..io.header import tensor_bytes
-from ..plan import Plan
+from ..planned import Plan
 from ..recipe import Recipe
 
 _VARIED = ("lambda", "density")  # they may differ between the layers of a group

@@ -190,7 +190,7 @@ class Config(Target):
 
     def run(self) -> None:
         from streammerge.forward import StreamedModel
-        from streammerge.plan import make_plan
+        from streammerge.planned import make_plan
         from streammerge.recipe import load_recipe
 
         plan = make_plan(load_recipe(self.trio.file))
@@ -208,7 +208,7 @@ class Tokenizer(Trio):
 
     def run(self) -> None:
         from streammerge.pipeline import calibrate
-        from streammerge.plan import make_plan
+        from streammerge.planned import make_plan
         from streammerge.progress import Progress
         from streammerge.recipe import load_recipe
 

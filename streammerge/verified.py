@@ -13,7 +13,7 @@ from typing import Any
 from .errors import InputError, StreamMergeError, VerificationError, listed, overflow
 from .io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from .output import Output
-from .plan import Plan, distinct
+from .planned import Plan, distinct
 from .scan import Shard, dealt, file_pieces, opened, scan, tensor_pieces
 from .threads import usable_cores
 
