@@ -1,7 +1,15 @@
 """Spherical linear interpolation of two models (Shoemake, Animating Rotation with Quaternion Curves, 1985)."""
 
+from __future__ import annotations
+
+from threading import get_ident
+from typing import TYPE_CHECKING
+
 from ..stream import Chunk, Merge
 from .spec import method
+
+if TYPE_CHECKING:
+    import torch
 
 _PIECE = 1 << 20  # elements of a partial norm or dot product, as in mergekit: fp32 sums depend on it
 _PARALLEL = 0.9995  # |cos θ| above which the arc is a line
@@ -18,16 +26,26 @@ def slerp(merge: Merge, *, t: float) -> None:
     import torch
 
     spans = merge.spans(size=_PIECE)
+    scratch: dict[int, torch.Tensor] = {}  # of each thread: made anew for every piece, its pages would cost more
+
+    def widened(chunk: Chunk) -> torch.Tensor:
+        if get_ident() not in scratch:
+            size = min(_PIECE, merge.count)
+            scratch[get_ident()] = torch.empty(2, size, dtype=merge.wide, device=merge.device)
+        pair = scratch[get_ident()][:, : chunk.span.count]
+        pair[0].copy_(chunk.base)
+        pair[1].copy_(chunk.sources[0])
+        return pair
 
     def norms(chunk: Chunk) -> torch.Tensor:
-        return torch.stack([torch.linalg.vector_norm(x.to(merge.wide)) for x in (chunk.base, chunk.sources[0])])
+        return torch.stack([torch.linalg.vector_norm(x) for x in widened(chunk)])
 
     norm = torch.linalg.vector_norm(torch.stack(merge.each(norms, spans)), dim=0)
     norm = torch.where(norm > _LEAST_NORM, norm, 1)
 
     def dot(chunk: Chunk) -> torch.Tensor:
-        a, b = chunk.base.to(merge.wide) / norm[0], chunk.sources[0].to(merge.wide) / norm[1]
-        return (a * b).sum()
+        a, b = widened(chunk)
+        return a.div_(norm[0]).mul_(b.div_(norm[1])).sum()
 
     cos = torch.stack(merge.each(dot, spans)).sum().clamp(-1, 1)
     at = torch.tensor(t, dtype=merge.wide, device=merge.device)
