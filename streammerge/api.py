@@ -62,6 +62,7 @@ def with_budget(
     scratch_dir: str | None = None,
     scratch_space: str | None = None,
     shard_size: str | None = None,
+    hash_inputs: bool | None = None,
 ) -> Recipe | Request:
     """A recipe, read where it is a path, with what is given here in place of its own; a Request where the file is a
     mergekit configuration. Raises RecipeError."""
@@ -70,7 +71,7 @@ def with_budget(
 
         asked = request(recipe, lam=lam, device_memory=device_memory, host_memory=host_memory, scratch_dir=scratch_dir,
                         tokens_per_batch=tokens_per_batch, scratch_space=scratch_space,
-                        shard_size=shard_size)  # fmt: skip
+                        shard_size=shard_size, hash_inputs=hash_inputs)  # fmt: skip
         if asked is not None:
             return asked
         recipe = load_recipe(recipe)
@@ -79,7 +80,7 @@ def with_budget(
         "scratch_dir": scratch_dir, "scratch_space": scratch_space,
     }  # fmt: skip
     budget = dataclasses.replace(recipe.budget, **{k: v for k, v in given.items() if v is not None})
-    own = {k: v for k, v in {"lam": lam, "shard_size": shard_size}.items() if v is not None}
+    own = {k: v for k, v in {"lam": lam, "shard_size": shard_size, "hash_inputs": hash_inputs}.items() if v is not None}
     return dataclasses.replace(recipe, budget=budget, **own)
 
 
@@ -100,9 +101,9 @@ def merge(
     this very merge unfinished.
 
     `progress`: a callback that hears of every Step, or a Progress; `budget`: device_memory, host_memory (sizes such as
-    "8GiB"), tokens_per_batch, scratch_dir, scratch_space, lam, shard_size, in place of the recipe's; the others:
-    merging.merge. With `also` ("nf4", "int8") the report's key `also` tells of each copy: path, bytes, counts, seconds.
-    Raises StreamMergeError; `out` then holds nothing, or what was saved for a resume.
+    "8GiB"), tokens_per_batch, scratch_dir, scratch_space, lam, shard_size, hash_inputs, in place of the recipe's; the
+    others: merging.merge. With `also` ("nf4", "int8") the report's key `also` tells of each copy: path, bytes, counts,
+    seconds. Raises StreamMergeError; `out` then holds nothing, or what was saved for a resume.
     """
     from .merging import merge as merge_resolved
 

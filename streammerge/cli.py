@@ -30,7 +30,7 @@ def _progress(args: argparse.Namespace):
 
 
 _BUDGET = ("lam", "device_memory", "host_memory", "tokens_per_batch", "scratch_dir", "scratch_space",
-           "shard_size")
+           "shard_size", "hash_inputs")
 
 
 def _recipe(args: argparse.Namespace):

@@ -159,6 +159,8 @@ def _add_merge_flags(to: argparse.ArgumentParser, out: str | None) -> None:
                     "(default: OUT)")
     to.add_argument("--scratch-space", type=_size, metavar="SIZE", help="the most that they may take there")
     to.add_argument("--shard-size", type=_size, metavar="SIZE", help="largest file of weights (default: recipe's)")
+    to.add_argument("--hash-inputs", action="store_true", default=None, help="SHA256 of every shard of the inputs in "
+                    "manifest and SBOM: they are read once more, and a resume compares them (the recipe's hash_inputs)")
     to.add_argument("--lambda", dest="lam", type=_finite, metavar="λ", help="override the recipe's lambda")
     to.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice; all cores "
                     "for a merge without calibration)")

@@ -29,11 +29,13 @@ from .verified import verify_output
 
 @dataclass(frozen=True)
 class Request:
-    """A mergekit configuration, and what it does not say. `seed`: of the methods that drop at random."""
+    """A mergekit configuration, and what it does not say. `seed`: of the methods that drop at random; `hash_inputs`:
+    the recipe key's."""
 
     config: Config
     host_memory: str = "auto"
     shard_size: str = "5GB"
+    hash_inputs: bool = False
     seed: int = 0
 
 
@@ -44,7 +46,8 @@ def request(recipe: Request | str | Path, **budget: Any) -> Request | None:
     if not isinstance(recipe, Request) and not is_mergekit(recipe):
         return None
     given = {key: value for key, value in budget.items() if value is not None}
-    idle = sorted("lambda" if key == "lam" else key for key in given if key not in ("host_memory", "shard_size"))
+    idle = sorted("lambda" if key == "lam" else key for key in given
+                  if key not in ("host_memory", "shard_size", "hash_inputs"))  # fmt: skip
     if idle:
         raise RecipeError(f"{recipe}: {', '.join(idle)}: not for a mergekit configuration, which runs no layers and "
                           "says everything else itself: leave it out")
@@ -75,7 +78,7 @@ def merge_config(
     floor = memory.host_now()
     with progress:
         plan = make_tensor_plan(asked.config)
-        output = plan.output
+        output = replace(plan.output, hash_inputs=asked.hash_inputs)
         refuse_inside(out, plan.inputs)
         count = fit_threads(plan, threads or usable_cores(), _limit(asked.host_memory))
         choices = {"path": "tensors", "device": device, "seed": asked.seed, "jobs": _hash(plan)}

@@ -271,6 +271,30 @@ def test_whole_inputs_are_hashed_where_asked(home, merged, tmp_path):
     (home / "whole.yml").unlink()
 
 
+@pytest.mark.parametrize("name", ["plain", "mergekit"])
+def test_inputs_are_hashed_by_flag(home, merged, tmp_path, name):
+    from streammerge.cli import main
+
+    out = tmp_path / "out"
+    assert main(["plan", str(home / f"{name}.yml"), str(out), "--hash-inputs", "--quiet"]) == 0
+    assert main(["merge", str(home / f"{name}.yml"), str(out), "--hash-inputs", "--quiet"]) == 0
+    shards = [entry for told in json.loads((out / MANIFEST).read_text())["inputs"].values()
+              for entry in told["files"].values()]  # fmt: skip
+    assert shards and all("sha256" in entry for entry in shards)
+    plain = json.loads((merged[name] / MANIFEST).read_text())["inputs"].values()
+    assert not all("sha256" in entry for told in plain for entry in told["files"].values())
+
+
+def test_the_flag_leaves_the_recipes_own_alone():
+    from streammerge.api import with_budget
+    from streammerge.flags import parser
+    from streammerge.recipe import Recipe
+
+    asked = Recipe(merge_method="task_arithmetic", instruct_model="i", reasoning_model="r", hash_inputs=True)
+    given = parser().parse_args(["merge", "r.yml", "out"]).hash_inputs
+    assert with_budget(asked, hash_inputs=given).hash_inputs
+
+
 @pytest.mark.parametrize("keys, gone", [
     ({"card": False}, {CARD}), ({"sbom": False}, {SBOM}),
     ({"manifest": "none"}, {SBOM, MANIFEST, "SHA256SUMS"}),
