@@ -1,6 +1,6 @@
 """A whole RAIN merge of a tiny Llama trio, as a user runs it, beside the authors' code on the same files.
 
-    python benchmarks/bench_reference.py [--runs 5] [--samples 150 365] [--authors CHECKOUT [--authors-python PYTHON]]
+    python benchmarks/bench_reference.py [--runs 5] [--samples 150 365] [--layers 4] [--authors CHECKOUT [--authors-python PYTHON]]
 
 What: 4 layers, hidden 128, 4 heads on 2 key/value heads, random weights, a byte-level BPE of 8k tokens trained on the
 calibration texts; the authors' 150 reasoning and 365 instruction samples (../shared/calibration), or the first so many
@@ -27,7 +27,8 @@ from timing import Timed, timed
 
 SETS = ROOT.parent / "shared" / "calibration"
 SAMPLES = {"reasoning": 150, "instruction": 365}
-LAYERS, HIDDEN, VOCAB = 4, 128, 8192
+DEPTH = {"layers": 4}
+HIDDEN, VOCAB = 128, 8192
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
@@ -71,7 +72,7 @@ def make_trio(root: Path, tokenizer) -> dict[str, Path]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=LAYERS,
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=DEPTH["layers"],
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768, bos_token_id=0, eos_token_id=1,
         pad_token_id=1, tie_word_embeddings=True,
     )  # fmt: skip
@@ -90,7 +91,7 @@ def make_trio(root: Path, tokenizer) -> dict[str, Path]:
 
 def what() -> str:
     """The job, as rows call it."""
-    return f"RAIN merge, Llama {LAYERS} x {HIDDEN}, {SAMPLES['reasoning']} + {SAMPLES['instruction']} samples"
+    return f"RAIN merge, Llama {DEPTH['layers']} x {HIDDEN}, {SAMPLES['reasoning']} + {SAMPLES['instruction']} samples"
 
 
 def rows_of(what: str, runs: list[Timed], note: str) -> list[Row]:
@@ -133,7 +134,7 @@ def author_stages(trio: dict[str, Path], sets: dict[str, Path], out: Path) -> di
     return {
         "stage 1": ["nullspace_projection_compute.py", "--base", str(trio["base"]), "--instruct", str(trio["itm"]),
                     "--target", lrm, "--texts_r", str(sets["reasoning"]), "--output_file", str(vectors),
-                    "--max_samples_r", "1000", "--layers_tail", str(LAYERS), "--heads", "all", "--merge_types", "qkvof",
+                    "--max_samples_r", "1000", "--layers_tail", str(DEPTH["layers"]), "--heads", "all", "--merge_types", "qkvof",
                     "--max_seq_len", "7168", "--use_hooks"],
         "stage 2": ["qp_true_forward_fast.py", "--projected_file", str(vectors), "--base_model", lrm,
                     "--json_data", str(sets["instruction"]), "--layers", "all", "--heads", "all", "--device", "cpu",
@@ -166,27 +167,43 @@ def bench_authors(checkout: Path, python: str, root: Path, trio: dict, sets: dic
     return rows + rows_of(f"{theirs}, all stages", [everything], f"{commit}; one run of each stage")
 
 
+def ratios(ours: list[Row], theirs: list[Row]) -> list[Row]:
+    """Theirs over ours, of all their stages; none where a stage of theirs did not finish."""
+    found = []
+    for whole in (r for r in theirs if r.what.endswith("all stages")):
+        mine = next(r for r in ours if r.metric == whole.metric)
+        found.append(row(f"{what()}: K1nght/RAIN-Merging / streammerge", f"ratio of {whole.metric.rpartition(' ')[0]}",
+                         [whole.median / mine.median], "one run of theirs, the median of ours"))  # fmt: skip
+        print(f"{found[-1].what}, {found[-1].metric}: {found[-1].median:.1f}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--samples", type=int, nargs=2, default=list(SAMPLES.values()), metavar="N",
                         help="reasoning and instruction samples")  # fmt: skip
+    parser.add_argument("--layers", type=int, default=DEPTH["layers"], help="of the model (the authors' first stage runs "
+                        "the whole model once a layer and sample: their time grows with the square)")  # fmt: skip
     parser.add_argument("--authors", type=Path, help="a checkout of K1nght/RAIN-Merging to run on the same files")
     parser.add_argument("--authors-python", default=sys.executable, help="the python that has their requirements")
     parser.add_argument("--limit", type=float, default=600, help="seconds a stage of theirs may take")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu-reference.jsonl")
     args = parser.parse_args()
     SAMPLES.update(zip(SAMPLES, args.samples, strict=True))
+    DEPTH["layers"] = args.layers
     if not SETS.is_dir():
         sys.exit(f"{SETS} is not there: this benchmark runs on the authors' calibration sets")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         sets = take_samples(root)
         trio = make_trio(root, train_tokenizer(sets))
-        append(args.out, bench_streammerge(root, trio, sets, args.runs))
+        ours = bench_streammerge(root, trio, sets, args.runs)
+        append(args.out, ours)
         if args.authors:
             checkout = args.authors.resolve()
-            append(args.out, bench_authors(checkout, args.authors_python, root, trio, sets, args.limit))
+            theirs = bench_authors(checkout, args.authors_python, root, trio, sets, args.limit)
+            append(args.out, [*theirs, *ratios(ours, theirs)])
 
 
 if __name__ == "__main__":
