@@ -1,8 +1,9 @@
 """A whole RAIN merge of a tiny Llama trio, as a user runs it, beside the authors' code on the same files.
 
-    python benchmarks/bench_reference.py [--runs 5] [--samples 150 365] [--layers 4] [--authors CHECKOUT [--authors-python PYTHON]]
+    python benchmarks/bench_reference.py [--runs 5] [--samples 150 365] [--layers 4]
+                                         [--authors CHECKOUT [--authors-python PYTHON]]
 
-What: 4 layers, hidden 128, 4 heads on 2 key/value heads, random weights, a byte-level BPE of 8k tokens trained on the
+What: 4 layers (or --layers), hidden 128, 4 heads on 2 key/value heads, random weights, a byte-level BPE of 8k tokens trained on the
 calibration texts; the authors' 150 reasoning and 365 instruction samples (../shared/calibration), or the first so many
 of them. Timed is the command
 `streammerge merge` in a fresh process, imports included. With --authors, a checkout of K1nght/RAIN-Merging runs its
@@ -134,8 +135,8 @@ def author_stages(trio: dict[str, Path], sets: dict[str, Path], out: Path) -> di
     return {
         "stage 1": ["nullspace_projection_compute.py", "--base", str(trio["base"]), "--instruct", str(trio["itm"]),
                     "--target", lrm, "--texts_r", str(sets["reasoning"]), "--output_file", str(vectors),
-                    "--max_samples_r", "1000", "--layers_tail", str(DEPTH["layers"]), "--heads", "all", "--merge_types", "qkvof",
-                    "--max_seq_len", "7168", "--use_hooks"],
+                    "--max_samples_r", "1000", "--layers_tail", str(DEPTH["layers"]), "--heads", "all",
+                    "--merge_types", "qkvof", "--max_seq_len", "7168", "--use_hooks"],
         "stage 2": ["qp_true_forward_fast.py", "--projected_file", str(vectors), "--base_model", lrm,
                     "--json_data", str(sets["instruction"]), "--layers", "all", "--heads", "all", "--device", "cpu",
                     "--out", str(qp), "--qp_variant", "two_pass", "--verbose"],
@@ -183,8 +184,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--samples", type=int, nargs=2, default=list(SAMPLES.values()), metavar="N",
                         help="reasoning and instruction samples")  # fmt: skip
-    parser.add_argument("--layers", type=int, default=DEPTH["layers"], help="of the model (the authors' first stage runs "
-                        "the whole model once a layer and sample: their time grows with the square)")  # fmt: skip
+    parser.add_argument("--layers", type=int, default=DEPTH["layers"], help="of the models")
     parser.add_argument("--authors", type=Path, help="a checkout of K1nght/RAIN-Merging to run on the same files")
     parser.add_argument("--authors-python", default=sys.executable, help="the python that has their requirements")
     parser.add_argument("--limit", type=float, default=600, help="seconds a stage of theirs may take")
