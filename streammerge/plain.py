@@ -107,7 +107,7 @@ def merge_plain(
         nonlocal todo
         todo -= nbytes
         progress.advance(nbytes, nbytes=nbytes)
-        if journal and todo and journal.due():
+        if journal and todo and nbytes and journal.due():  # nothing new where only placed tensors were read again
             _save(journal, plan, writer, done)
 
     try:
