@@ -3,12 +3,12 @@
     python benchmarks/bench_reference.py [--runs 5] [--samples 150 365] [--layers 4]
                                          [--authors CHECKOUT [--authors-python PYTHON]]
 
-What: 4 layers (or --layers), hidden 128, 4 heads on 2 key/value heads, random weights, a byte-level BPE of 8k tokens trained on the
-calibration texts; the authors' 150 reasoning and 365 instruction samples (../shared/calibration), or the first so many
-of them. Timed is the command
-`streammerge merge` in a fresh process, imports included. With --authors, a checkout of K1nght/RAIN-Merging runs its
-three stages with the parameters that its scripts set (all layers; the device is the CPU), each under a time limit.
-Appends to results/cpu-reference.jsonl. Nothing of theirs is kept here; their .jsonl is handed over as they expect it.
+What: 4 layers (or --layers), hidden 128, 4 heads on 2 key/value heads, random weights, a byte-level BPE of 8k tokens
+trained on the calibration texts; the authors' 150 reasoning and 365 instruction samples (../shared/calibration), or the
+first so many of them. Timed is the command `streammerge merge` in a fresh process, imports included. With --authors, a
+checkout of K1nght/RAIN-Merging runs its three stages with the parameters that its scripts set (all layers; the device
+is the CPU), each under a time limit. Appends to results/cpu-reference.jsonl. Nothing of theirs is kept here; their
+.jsonl is handed over as they expect it.
 """
 
 from __future__ import annotations
