@@ -121,6 +121,7 @@ class StreamedModel:
             raise InputError(f"{checkpoint.path}/config.json: transformers cannot build the model "
                              f"({type(error).__name__}: {str(error)[:500]})") from None
         self.checkpoint, self.family, self.device, self.dtype = checkpoint, family, device, dtype
+        self.ends_early = True  # False: the last layer is computed whole, so that it takes what every other layer takes
         self._names = _fitting_names(model, checkpoint, family)
         self._free: queue.SimpleQueue[_Carrier] = queue.SimpleQueue()
         self._workers = workers or Workers(1)
@@ -151,7 +152,7 @@ class StreamedModel:
         sites that the observer wants to see, in the order of SITES (it always sees the attention). With an observer the
         last layer leaves the stash empty. `tick` hears of each batch's tokens.
         """
-        ends = observer is not None and layer + 1 == len(self._names)
+        ends = self.ends_early and observer is not None and layer + 1 == len(self._names)
         until = ([s for s in sites if s != "attn_in"] or ["attention"])[-1] if ends else None
         weights = {name: weights[name] for name in self._names[layer]}
 

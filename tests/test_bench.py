@@ -20,6 +20,7 @@ from streammerge.bench.run import Question, bench
 from streammerge.bench.table import print_answer
 from streammerge.cli import main
 from streammerge.errors import ResourceError
+from streammerge.forward import StreamedModel
 from streammerge.io.checkpoint import open_checkpoint
 from streammerge.recipe import Budget
 from streammerge.run import Meter, Run
@@ -215,3 +216,17 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert main(["bench", "--shape", "0.5B", *flags, "--device", "cpu", "--json"]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["measured"]["layers"] == 1 and "Total" in told.err
+
+
+def test_the_last_layer_measured_is_a_whole_one(tmp_path, monkeypatch):
+    """A merge ends its observed streams early in the last layer; here that layer stands for many others."""
+    advance, went_on = StreamedModel.advance, []
+
+    def watched(self, layer, weights, stream, observer=None, *args, **kwargs):
+        advance(self, layer, weights, stream, observer, *args, **kwargs)
+        if observer is not None and layer == 1:
+            went_on.append(stream.stash.fetch(0).shape[-1])
+
+    monkeypatch.setattr(StreamedModel, "advance", watched)
+    bench(ask(tmp_path))
+    assert went_on == [TINY.hidden, TINY.hidden]  # of the instruction and of the reasoning set

@@ -68,6 +68,7 @@ def measure(
     shards = parse_size(plan.recipe.shard_size)
     with CheckpointWriter(out, plan.tensors, shards) as writer, Workers(settings.workers) as workers:
         model = StreamedModel(plan.lrm, plan.family, device, dtype, workers)
+        model.ends_early = False  # of the few layers measured none shall be cheaper than those that they stand for
         streams = Streams.open(data, settings.tokens_per_batch, device, offload=settings.offload)
         run = Run(plan, model, data, streams, writer, progress, settings.ahead, keep)
         forget(c.path for c in (plan.lrm, plan.itm, plan.base))
