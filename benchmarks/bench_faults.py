@@ -10,6 +10,7 @@ of it.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import tempfile
@@ -18,17 +19,26 @@ from pathlib import Path
 from rows import RESULTS, ROOT, append, row
 
 sys.path.insert(0, str(ROOT / "tests"))
-from builders import recipe_text, save_trio, write_sets  # noqa: E402
-from faults.matrix import FAULTS, Bench, Met, meet  # noqa: E402
+from builders import save_trio, write_sets  # noqa: E402
+from faults.matrix import FAULTS, Bench, Met, meet, recipes  # noqa: E402
 from faults.workshop import Unavailable, Workshop  # noqa: E402
 
 
 def described(met: Met) -> dict:
     """A fault and what became of it; of the message the first line, with file names in place of paths."""
-    first = met.ended.told.partition("\n")[0].removeprefix("streammerge: error: ") if met.ended.code else ""
+    first = met.ended.told.partition("\n")[0].removeprefix("streammerge: error: ") if met.ended.code else _note(met)
     said = re.sub(r"/[^\s:,]*/", "", first)
     return {"fault": met.fault.name, "kind": met.kind, "code": met.ended.code, "says": said, "left": met.left,
             "problems": list(met.problems)}  # fmt: skip
+
+
+def _note(met: Met) -> str:
+    """What a merge that went on told of the fault, as JSON lines or under its table; "" where it told nothing."""
+    if "json" in met.fault.flags:
+        notes = [json.loads(line)["event"] for line in met.ended.told.splitlines() if line.startswith("{")]
+    else:
+        notes = re.findall(r"note: (.*?)(?= note: | peak memory )", " ".join(met.ended.told.split()))
+    return next((note for note in notes if met.fault.says and met.fault.says[0] in note), "")
 
 
 def main() -> None:
@@ -40,10 +50,8 @@ def main() -> None:
         root = Path(folder)
         trio = save_trio(root / "trio", "llama")
         (root / "sets").mkdir()
-        recipes = {"rain": recipe_text(trio, write_sets(root / "sets")),
-                   "plain": recipe_text(trio, None, merge_method="task_arithmetic", **{"lambda": 0.3})}  # fmt: skip
         with Workshop(root) as shop:
-            bench = Bench(shop, root, trio, recipes)
+            bench = Bench(shop, root, trio, recipes(trio, write_sets(root / "sets")))
             for fault, kind in [(one, kind) for one in FAULTS for kind in one.kinds]:
                 try:
                     found.append(described(meet(bench, fault, kind)))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,16 @@ _OF_ASKING = ("recipe: calibration.instruction", "recipe: calibration.limit_inst
 
 
 class Artifacts:
-    """Those of one merge in `root`. `reused`: kinds that an earlier merge had left complete."""
+    """Those of one merge in `root`. `reused`: kinds that an earlier merge had left complete. `tell` hears of kinds that
+    the disk refuses to keep; so do `warnings`. ResourceError where `root` is no directory."""
 
-    def __init__(self, root: Path, plan: Plan, fingerprint: dict[str, Any]):
+    def __init__(
+        self, root: Path, plan: Plan, fingerprint: dict[str, Any], tell: Callable[[str], None] = lambda text: None
+    ):
+        if os.path.lexists(root) and not root.is_dir():
+            raise ResourceError(f"--artifacts {root}: is no directory; give one, or a path that is not there yet")
+        self.warnings: list[str] = []
+        self._tell, self._lost = tell, set[str]()
         rows = {"recipe: coefficients.rows": fingerprint.get("recipe: coefficients.rows")}
         of_lrm = {k: v for k, v in fingerprint.items() if not k.startswith(_OF_THE_MERGE)}
         bases = {k: v for k, v in of_lrm.items() if not k.startswith(_OF_ASKING)} | {"merged": sorted(plan.merged)}
@@ -76,29 +84,33 @@ class Artifacts:
         return LayerBases(sites, tuple(named[f"value/{i}"] for i in range(len(named) - len(sites))))
 
     def keep_bases(self, layer: int, bases: LayerBases) -> None:
-        """One layer's, as they are found."""
+        """One layer's, as they are found. Where the disk refuses, the merge has them all the same."""
+        if "bases" in self._lost:
+            return
         named = {f"site/{s}": b for s, b in bases.sites.items()} | {f"value/{i}": b for i, b in enumerate(bases.values)}
         facts = {f"{n}/facts": torch.tensor([b.energy, b.count], dtype=torch.float64) for n, b in named.items()}
         file = self._file(layer)
+        partial = file.with_suffix(".partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(facts | {f"{name}/u": b.u for name, b in named.items()}, file)
+            save_file(facts | {f"{name}/u": b.u for name, b in named.items()}, partial)
+            os.replace(partial, file)
         except (OSError, SafetensorError) as error:
-            raise _full(file, error) from error
+            self._lose("bases", file, error)
 
     def finish(self, masses: dict[int, LayerMass]) -> None:
-        """Both kinds are complete from now on, as far as this merge has found them."""
-        try:
-            if "masses" in self.wanted and "masses" not in self.reused:
-                self._masses.mkdir(parents=True, exist_ok=True)
-                found = {str(n): [m.alignment.tolist(), m.leakage.tolist()] for n, m in masses.items()}
-                (self._masses / "masses.json").write_text(json.dumps(found))
-            for kind in (k for k in self.wanted if k not in self.reused):
-                whole = kind == "masses" or all(self._file(n).exists() for n in range(self._layers))
-                if whole:
-                    os.close(os.open(self._folder(kind) / "complete", os.O_WRONLY | os.O_CREAT, 0o666))
-        except OSError as error:
-            raise _full(self._masses, error) from error
+        """Both kinds are complete from now on, as far as this merge has found and kept them."""
+        for kind in (k for k in self.wanted if k not in self.reused and k not in self._lost):
+            folder = self._folder(kind)
+            try:
+                if kind == "masses":
+                    folder.mkdir(parents=True, exist_ok=True)
+                    found = {str(n): [m.alignment.tolist(), m.leakage.tolist()] for n, m in masses.items()}
+                    (folder / "masses.json").write_text(json.dumps(found))
+                if kind == "masses" or all(self._file(n).exists() for n in range(self._layers)):
+                    os.close(os.open(folder / "complete", os.O_WRONLY | os.O_CREAT, 0o666))
+            except OSError as error:
+                self._lose(kind, folder, error)
 
     def forget_partial(self) -> None:
         """What an earlier merge began and did not finish."""
@@ -106,13 +118,17 @@ class Artifacts:
             if kind not in self.reused:
                 shutil.rmtree(self._folder(kind), ignore_errors=True)
 
+    def _lose(self, kind: str, file: Path, error: Exception) -> None:
+        """What cannot be kept whole leaves its room to others; told once for each kind."""
+        self._lost.add(kind)
+        shutil.rmtree(self._folder(kind), ignore_errors=True)
+        self.warnings.append(f"--artifacts: {file}: cannot be written ({error}); the merge goes on, its {kind} are not "
+                             "kept for a later one")
+        self._tell(self.warnings[-1])
+
     def _file(self, layer: int) -> Path:
         return self._bases / f"bases-{layer:05d}.safetensors"
 
 
 def _hash(found: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _full(file: Path, error: Exception) -> ResourceError:
-    return ResourceError(f"{file}: the artifacts cannot be kept ({error}); free some disk, or leave --artifacts out")

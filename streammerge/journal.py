@@ -20,6 +20,7 @@ from typing import Any
 from .errors import Refused, ResourceError, listed
 from .fingerprint import differences
 from .io.disk import sync_folder
+from .io.writer import CheckpointWriter
 
 FILE = "journal.json"
 EVERY = 30.0  # seconds between two saves, at least
@@ -99,6 +100,16 @@ class Journal:
     def _pause(self, began: float) -> None:
         now = time.monotonic()
         self._next = now + (max(self.every, _SHARE * (now - began)) if self.every else 0.0)
+
+
+def save_kept(writer: CheckpointWriter, journal: Journal, state: dict[str, Any], began: float) -> bool:
+    """Save, and have the writer leave what the journal speaks of after an error: nothing, where no save has succeeded
+    yet. Returns what `Journal.save` does."""
+    writer.keep()  # first: a signal may come right after the journal has its name
+    try:
+        return journal.save(state, began)
+    finally:
+        writer.keep(journal.saved)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:

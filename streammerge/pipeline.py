@@ -98,7 +98,7 @@ def _merge(
         dtype = compute_dtype(plan, where)
         found = fingerprint(plan.output, _circumstances(recipe, where, dtype))
         journal = Journal(out / STATE, found, every=save_every, tell=progress.event)
-        kept = Artifacts(Path(artifacts), plan, found) if artifacts else None
+        kept = Artifacts(Path(artifacts), plan, found, progress.event) if artifacts else None
         go_on = partial(resumed, journal, restart=restart)
         with CheckpointWriter(out, plan.tensors, parse_size(recipe.shard_size), go_on) as writer:  # a bad OUT first
             data = _still_needed(calibrate(plan, progress), kept, journal)
@@ -123,7 +123,8 @@ def _merge(
                 **report.inputs(plan.output),
                 **told,
                 "warnings": [*warnings, *plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data),
-                             *(run.quantized.warnings() if run.quantized else []), *journal.warnings],
+                             *(run.quantized.warnings() if run.quantized else []), *journal.warnings,
+                             *(kept.warnings if kept else [])],
                 "calibration": data.notes | {"heldout": len(data.heldout)},
                 "verified": verify_output(plan.output, out),
                 "device": str(where),

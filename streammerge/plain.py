@@ -24,7 +24,7 @@ from .arithmetic import Chunk, Told
 from .errors import InputError, ResourceError
 from .io.header import ITEM_BYTES
 from .io.writer import CheckpointWriter
-from .journal import Journal
+from .journal import Journal, save_kept
 from .memory import format_size
 from .outcome import Composed
 from .planned import Plan
@@ -162,8 +162,7 @@ def _save(journal: Journal, plan: Plan, writer: CheckpointWriter, done: _Done) -
     began, placed, found = time.monotonic(), writer.placed(), done.composed()
     writer.flush()
     placed = [name for name in placed if name not in plan.merged or name in found]
-    writer.keep()
-    journal.save({
+    save_kept(writer, journal, {
         "placed": placed, "composed": {n: asdict(told) for n, told in found.items() if n in set(placed)},
         "label": f"merge: {len(placed)} of {len(plan.tensors)} tensors",
     }, began)  # fmt: skip

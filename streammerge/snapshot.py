@@ -23,6 +23,7 @@ from .errors import Refused
 from .io.checkpoint import TORCH_DTYPES, Checkpoint
 from .io.drain import Drain
 from .io.header import encode_header, read_header
+from .journal import save_kept
 from .outcome import Composed
 from .run import Run
 
@@ -46,8 +47,7 @@ def take(run: Run, drain: Drain, stage: str, layer: int) -> None:
         journal.skip(f"{file}: the snapshot for a resume cannot be written: {error.strerror}", began)
         return
     names = [n for i in range(layer) for n in run.plan.layer_tensors(i)] if stage == "merge" else []
-    run.writer.keep()
-    saved = journal.save({
+    saved = save_kept(run.writer, journal, {
         "stage": stage, "layer": layer, "placed": names,
         "label": f"{stage}: {layer} of {run.plan.layers} layers done",
         "masses": {str(i): [m.alignment.tolist(), m.leakage.tolist()] for i, m in run.masses.items()},
@@ -55,7 +55,6 @@ def take(run: Run, drain: Drain, stage: str, layer: int) -> None:
         "activations": file and file.name, "sha256": digest,
     }, began)  # fmt: skip
     if not saved:
-        run.writer.keep(journal.saved)
         return _forget(file) if file else None
     for old in journal.folder.glob("activations-*.safetensors"):
         if old != file:

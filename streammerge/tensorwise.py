@@ -21,7 +21,7 @@ from .io.checkpoint import Checkpoint
 from .io.header import ITEM_BYTES
 from .io.writer import CheckpointWriter
 from .jobs import TensorJob, TensorPlan
-from .journal import Journal
+from .journal import Journal, save_kept
 from .memory import format_size
 from .methods import METHODS
 from .progress import Progress
@@ -166,8 +166,8 @@ def _save(journal: Journal, plan: TensorPlan, writer: CheckpointWriter) -> None:
     """Make what is written durable, and note it."""
     began, placed = time.monotonic(), writer.placed()
     writer.flush()
-    writer.keep()
-    journal.save({"placed": placed, "label": f"merge: {len(placed)} of {len(plan.jobs)} tensors"}, began)
+    told = {"placed": placed, "label": f"merge: {len(placed)} of {len(plan.jobs)} tensors"}
+    save_kept(writer, journal, told, began)
 
 
 def _pieces(copies: dict[str, tuple[Checkpoint, str]]) -> Iterator[_Piece]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 from builders import recipe_text, write_sets
+from safetensors import SafetensorError
 
-from streammerge import merge, parse_recipe
+from streammerge import artifacts, merge, parse_recipe
 from streammerge.errors import ResourceError
 
 
@@ -75,6 +79,46 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_complete(make_recipe, tm
     merge(make_recipe(), tmp_path / "alone")
     assert weights(tmp_path / "out") == weights(tmp_path / "alone")
     assert merge(make_recipe(), tmp_path / "third", artifacts=tmp_path / "kept")["artifacts"]["reused"]
+
+
+@pytest.mark.parametrize("kind", ["bases", "masses"])
+def test_a_disk_that_refuses_them_ends_no_merge(make_recipe, tmp_path, monkeypatch, kind):
+    """Told once, nothing of that kind is left, and the next merge makes it again (faults/matrix.py has a full disk)."""
+    seen, plain, dumps = [], artifacts.save_file, json.dumps
+
+    def full(tensors, path):
+        seen.append(path)
+        if len(seen) == 2:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        plain(tensors, path)
+
+    def no_room(found, **settings):
+        if "sort_keys" in settings:  # the folder's name
+            return dumps(found, **settings)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if kind == "bases":
+            patch.setattr(artifacts, "save_file", full)
+        else:
+            patch.setattr(artifacts, "json", SimpleNamespace(loads=json.loads, dumps=no_room))
+        report = merge(make_recipe(), tmp_path / "out", artifacts=tmp_path / "kept")
+    told = [w for w in report["warnings"] if w.startswith("--artifacts: ")]
+    assert len(told) == 1 and f"its {kind} are not kept" in told[0] and "No space left" in told[0]
+    assert not list((tmp_path / "kept").glob(f"{kind}-*"))
+    merge(make_recipe(), tmp_path / "alone")
+    assert weights(tmp_path / "out") == weights(tmp_path / "alone")
+    again = merge(make_recipe(), tmp_path / "again", artifacts=tmp_path / "kept")["artifacts"]
+    assert again["reused"] == ["masses" if kind == "bases" else "bases"]
+    assert merge(make_recipe(), tmp_path / "third", artifacts=tmp_path / "kept")["artifacts"]["reused"] == [
+        "bases", "masses"]  # fmt: skip
+
+
+def test_artifacts_want_a_directory(make_recipe, tmp_path):
+    (tmp_path / "kept").write_text("mine")
+    with pytest.raises(ResourceError, match="--artifacts .*kept: is no directory"):
+        merge(make_recipe(), tmp_path / "out", artifacts=tmp_path / "kept")
+    assert not (tmp_path / "out").exists() and (tmp_path / "kept").read_text() == "mine"
 
 
 def test_a_damaged_artifact_is_told(make_recipe, tmp_path, first):

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import recipe_text, save_trio, write_sets
-from faults.matrix import FAULTS, SLOW, Bench, meet, state
+from builders import save_trio, write_sets
+from faults.matrix import FAULTS, SLOW, Bench, meet, recipes, state
 from faults.workshop import Unavailable, Workshop, content, stamps
 
 PROGRAM = Path(sys.executable).with_name("streammerge")
@@ -23,11 +23,9 @@ def bench(tmp_path_factory):
     root = tmp_path_factory.mktemp("faults")
     trio = save_trio(root / "trio", "llama")
     (root / "sets").mkdir()
-    recipes = {"rain": recipe_text(trio, write_sets(root / "sets")),
-               "plain": recipe_text(trio, None, merge_method="task_arithmetic", **{"lambda": 0.3})}  # fmt: skip
     try:
         with Workshop(root) as shop:
-            yield Bench(shop, root, trio, recipes)
+            yield Bench(shop, root, trio, recipes(trio, write_sets(root / "sets")))
     except Unavailable as why:
         pytest.skip(str(why))
 
