@@ -187,9 +187,9 @@ def main(argv: list[str] | None = None) -> int:
 def _leave() -> None:
     """End this process at once, its work being done: to take torch and transformers apart again takes a second."""
     with suppress(OSError):  # whoever read our output is gone, of which the usual way out tells
+        atexit._run_exitfuncs()  # first: they may print
         sys.stdout.flush()
         sys.stderr.flush()
-        atexit._run_exitfuncs()
         os._exit(0)
 
 

@@ -49,6 +49,43 @@ def test_json_on_stdout_and_json_log_on_stderr(bench):
     assert told["level"] == "error" and told["exit_code"] == 3 and str(bench.out) in told["event"]
 
 
+# a process around `main` that says when it ends in which way
+LEAVING = """import atexit, sys
+from streammerge.cli import main
+atexit.register(lambda: print("an exit function ran"))
+print("before")
+code = main()
+print("main has returned", file=sys.stderr)
+sys.exit(code)"""
+BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # as a user's pipe is
+
+
+def test_a_command_that_is_done_leaves_at_once(bench):
+    """Straight out of `main`: all that was printed is there, exit functions have run, and theirs is there too."""
+    recipe = bench.recipe(recipe_text(bench.models, None, merge_method="task_arithmetic"))
+    command = [sys.executable, "-c", LEAVING, "plan", str(recipe), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=BUFFERED)
+    first, *report, last = done.stdout.splitlines()
+    assert (done.returncode, first, last) == (0, "before", "an exit function ran"), done.stderr
+    assert json.loads("".join(report))["recipe"]["merge_method"] == "task_arithmetic"
+    assert "main has returned" not in done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_reader_that_has_gone(bench, flags):
+    """`streammerge merge … | head -0`: the merge is whole, no traceback; 120 is Python's own exit code for output that
+    cannot be flushed at the end. A report that does not fit the buffer is an error before."""
+    recipe = bench.recipe(recipe_text(bench.models, None, merge_method="task_arithmetic"))
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", LEAVING, "merge", str(recipe), str(bench.out), "--quiet", *flags]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, env=BUFFERED)
+    os.close(write)
+    assert done.returncode == 120 and "main has returned" in done.stderr and "Traceback" not in done.stderr
+    assert (bench.out / "streammerge_report.json").exists() and not list(bench.out.glob("*.partial"))
+    assert ("error: Broken pipe" in done.stderr) == bool(flags)
+
+
 def test_quiet_is_quiet(bench):
     assert main(["merge", str(bench.recipe()), str(bench.out), "--quiet"]) == 0
     told = bench.capfd.readouterr()
