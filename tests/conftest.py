@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import pytest
 from builders import FAMILIES, recipe_text, save_trio, write_sets
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it, merges included
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES))

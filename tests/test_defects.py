@@ -301,7 +301,7 @@ def test_defect_8_one_layer_in_hand_and_no_pickles(make_recipe, tmp_path, monkey
         (role, n): 7 for role in ("instruct_model", "base_model") for n in range(3)
     }
     assert most <= 2, f"weights of {most} layers were held at once: one in hand, one read ahead"
-    assert {f.suffix for f in (tmp_path / "out").rglob("*")} <= {".json", ".safetensors", ".jinja", ""}
+    assert {f.suffix for f in (tmp_path / "out").rglob("*")} <= {".json", ".safetensors", ".jinja", ".md", ".yml", ""}
 
 
 # ---- 9: Stage 2 measures a model without the delta of down_proj

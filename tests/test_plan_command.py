@@ -337,7 +337,7 @@ def test_what_a_terminal_shows(bench):
     told = bench.capfd.readouterr()
     assert told.out == ""
     for word in ("self_attn.q_proj", "0-2", "48x48", "merged", "copied", "model.norm", "calibration tokens:",
-                 "predicted peak, host", "token batches", "free at", "estimated time:", "matmul", "writing",
+                 "predicted peak, host", "libraries", "free at", "estimated time:", "matmul", "writing",
                  "α of q, o", "projection of gate, up", "tokens a batch", "page cache"):  # fmt: skip
         assert word in told.err, word
 

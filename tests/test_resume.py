@@ -71,8 +71,8 @@ def test_stopped_at_every_save_it_ends_with_the_same_bytes(trio, sets, tmp_path,
         except Stop:
             assert (out / ".streammerge" / FILE).exists()
             assert not list(out.glob("*.safetensors")), "nothing has its final name yet"
-    assert len(stops) >= 3 and len(set(stops)) >= 2 and report["resumed_at"] == stops[-1], stops
-    assert kind == "plain" or len(stops) == len(set(stops)), "a layer was done twice"
+    assert len(stops) >= 3 and report["resumed_at"] == stops[-1], stops
+    assert len(stops) == len(set(stops)), "a layer was done twice, or nothing new was saved"
     assert content(out) == content(tmp_path / "whole") and not (out / ".streammerge").exists()
 
 
