@@ -136,7 +136,7 @@ def test_norms_of_weights_that_fp32_cannot_square(tmp_path):
     found = merge(recipe_of(paths), tmp_path / "out")["per_tensor"]
     lrm = weights(paths["lrm"])
     for name in (n for n in lrm if "q_proj" in n or "k_proj" in n):
-        assert found[name]["weight"] == pytest.approx(float(lrm[name].double().norm()), rel=1e-6)
+        assert found[name]["weight"] == pytest.approx(float(lrm[name].double().norm()), rel=1e-6, abs=0)
 
 
 def test_with_samples_or_an_alpha_it_is_the_sweep(make_recipe, mixed):
@@ -195,6 +195,31 @@ def test_pairs_are_what_single_words_are():
     codec.encode_pairs(values, pairs, np.empty_like(values))
     codec.encode(np.ascontiguousarray(values.T).reshape(-1), "BF16", single, np.empty(200_000, np.float32))
     assert np.array_equal(pairs, single)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 4001])
+def test_chunks_of_bf16_with_and_without_a_last_pair(count):
+    generator = torch.Generator().manual_seed(count)
+    lrm, itm, base = (torch.randn(count, generator=generator).bfloat16() for _ in range(3))
+    chunk = arithmetic.Chunk({"BF16"}, {"BF16"}, 8002)
+    for row, tensor in zip(chunk.stored, (lrm, itm, base), strict=False):
+        row[: 2 * count] = tensor.view(torch.uint8).numpy()
+    told = chunk.merge(["BF16"] * 3, "BF16", count, 0.3)
+    wanted = (lrm.float() + torch.tensor(0.3) * (itm.float() - base.float())).bfloat16()
+    assert chunk.stored[3, : 2 * count].tobytes() == wanted.view(torch.uint8).numpy().tobytes()
+    assert told.changed == int((wanted != lrm).sum()) > 0
+    assert told.delta == pytest.approx(float((itm.double() - base.double()).square().sum()), rel=1e-5)
+    assert told.weight == pytest.approx(float(lrm.double().square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("code", DTYPES)
+def test_what_holds_is_finite(code):
+    """The largest bound that passes without a look is stored as a finite number, and no more than 1 % is given away."""
+    largest = torch.finfo(DTYPES[code]).max
+    bounds = [b for b in (largest * (1 + k / 4096) for k in range(-41, 42)) if codec.holds(code, b)]
+    assert codec.holds(code, 0.99 * largest) and not codec.holds(code, float("inf"))
+    wide = torch.tensor(bounds, dtype=torch.float64)
+    assert torch.isfinite((wide if code == "F64" else wide.float()).to(DTYPES[code])).all()
 
 
 @pytest.mark.parametrize("dtype", [
@@ -269,10 +294,15 @@ def test_a_non_finite_weight_that_is_only_copied(damaged, part):
     assert name in told and str(file.parent) in told and file.name in told
 
 
-@pytest.mark.parametrize("keys", [{"dtype": "float16", "lambda": 1e9}, {"lambda": 1e39}, {"lambda": 3e38}])
+@pytest.mark.parametrize("keys", [
+    {"lambda": 1e39}, {"lambda": 3e38}, *({"dtype": "float16", "lambda": x} for x in (1e9, -1e9, 1e-3)),
+], ids=str)  # fmt: skip
 def test_overflow(damaged, keys):
+    """λ of either sign, λ beyond fp32 itself, Δ, and a weight of the LRM's own: each alone is too much."""
     if keys["lambda"] == 3e38:
         damaged.edit("itm", "q_proj", 1e3)
+    if keys["lambda"] == 1e-3:
+        damaged.edit("lrm", "q_proj", 1e5)
     damaged.refused(InputError, "overflow float.*lower lambda", **keys)
 
 
