@@ -50,6 +50,11 @@ class InOrder:
             self._turn += 1
             self._moved.notify_all()
 
+    @property
+    def turn(self) -> int:
+        """The number of the next piece."""
+        return self._turn
+
     def hexdigest(self) -> str:
         """The SHA256 of all that was added, "" where nothing is hashed."""
         return "" if self._hash is None else self._hash.hexdigest()
@@ -74,6 +79,19 @@ class Shard(InOrder):
     def sum(self, name: str, offset: int, data: np.ndarray) -> None:
         """Note the sum of the piece of a tensor that begins at a byte `offset`."""
         self._sums[name][offset // PIECE] = word_sum(data)
+
+    def add_sum(self, name: str, start: int, data: np.ndarray) -> None:
+        """Note bytes of a tensor that begin at any byte `start`, and end anywhere: sums of parts add up."""
+        at = 0
+        while at < len(data):
+            offset = start + at
+            part = data[at : at + PIECE - offset % PIECE]
+            into = -offset % 8  # bytes up to the next word
+            value = (int.from_bytes(part[:into].tobytes(), "little") << 8 * (8 - into)) + word_sum(part[into:])
+            with self._moved:
+                sums = self._sums[name]
+                sums[offset // PIECE] = (int(sums[offset // PIECE]) + value) % (1 << 64)
+            at += len(part)
 
     def sum_of(self, name: str, offset: int) -> int:
         """The noted sum; -1, which none is, for a piece that was never put here."""

@@ -30,12 +30,13 @@ from .io.disk import byte_buffer
 from .io.header import ITEM_BYTES
 from .io.writer import CheckpointWriter
 from .jobs import Source, TensorJob, mapped_rows
+from .scan import Shard
 from .threads import in_parallel
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 1 << 17  # elements that are merged at a time: the arrays of a formula stay in the core's cache
+CHUNK = 1 << 18  # elements merged at a time: with half of it threads wait longer for the interpreter (6.9 s, not 4.6)
 _CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 FLOATS = tuple(_CODES.values())  # what methods compute in
 
@@ -124,7 +125,8 @@ class Merge:
     """One tensor of the output: its inputs, its place, and the passes over them.
 
     `models`: the number of sources; `dtype`: D; `wide`: what numbers of D are held in; `shape`, `count`: of the tensor.
-    `threads` share the chunks of a pass; `tick` hears of the bytes of the output as they are written.
+    `threads` share the chunks of a pass; `tick` hears of the bytes of the output as they are written, and `shard`, its
+    file, is told them: a file's tensors come in its order, one at a time.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Merge:
         seed: int = 0,
         chunk: int = CHUNK,
         tick: Callable[[int], None] = lambda nbytes: None,
+        shard: Shard | None = None,
     ):
         import torch
 
@@ -150,6 +153,7 @@ class Merge:
         self.device, self.chunk = device, chunk
         self._types, self._out = TORCH_DTYPES, TORCH_DTYPES[job.out.dtype]
         self._writer, self._buffers, self._threads, self._tick, self._seed = writer, buffers, threads, tick, seed
+        self._shard, self._turn = shard, shard.turn if shard else 0
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """x of the wide dtype with the values that it has in D."""
@@ -234,11 +238,17 @@ class Merge:
         def one(task: tuple[int, Span]) -> int:
             at, span = task
             with self._buffers.lend([span.count * width for width in widths]) as views:
-                tensors = []
-                for source, code, view in zip(inputs, codes, views, strict=False):
-                    tensors.append(self._read(source, code, view, span))
-                base = tensors.pop() if self.job.base else None
-                done[at] = work(Chunk(span, tensors, base), views[-1])
+                here = None
+                try:
+                    tensors = []
+                    for source, code, view in zip(inputs, codes, views, strict=False):
+                        tensors.append(self._read(source, code, view, span))
+                    base = tensors.pop() if self.job.base else None
+                    done[at] = work(Chunk(span, tensors, base), views[-1])
+                    here = np.frombuffer(views[-1], np.uint8)
+                finally:
+                    if writes:
+                        self._told(span, here)  # also after an error: the others wait for their turn
             return done[at] if writes else 0
 
         tasks = list(enumerate(spans))
@@ -248,6 +258,12 @@ class Merge:
         else:
             in_parallel(tasks, lambda: one, min(self._threads, len(tasks)), self._tick)
         return done
+
+    def _told(self, span: Span, written: np.ndarray | None) -> None:
+        if self._shard:
+            if written is not None:
+                self._shard.add_sum(self.job.out.name, span.start * ITEM_BYTES[self.job.out.dtype], written)
+            self._shard.add(self._turn + span.index, written)
 
     def _read(self, source: Source, code: str, view: memoryview, span: Span) -> torch.Tensor:
         """An input's span in D: through `view`, or row by row where it has another vocabulary."""

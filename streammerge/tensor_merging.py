@@ -87,7 +87,7 @@ def merge_config(
         go_on = partial(resumed, journal, restart=restart)
         with CheckpointWriter(out, plan.tensors, memory.parse_size(asked.shard_size), go_on) as writer:
             started = time.perf_counter()
-            merge_tensors(plan, writer, progress, count, journal, device=device, seed=asked.seed)
+            shards = merge_tensors(plan, writer, progress, count, journal, device=device, seed=asked.seed)
             merged = time.perf_counter() - started
             for name, content in plan.sides.items():
                 writer.add_file(name, content)
@@ -95,7 +95,7 @@ def merge_config(
             result = {
                 **report.inputs(output),
                 **_describe(plan, device, asked.seed, merged),
-                "verified": verify_output(output, out, count),
+                "verified": verify_output(output, out, count, shards),
                 "plan": _predicted(plan, count),
                 "memory": peaks(device, floor, fresh_meter),
                 "seconds": {"total": round(time.perf_counter() - began, 3), "merge": round(merged, 3)},

@@ -1,8 +1,8 @@
 """Runs a TensorPlan: every tensor of the output by its method, from streams of its inputs, in place in its shard.
 
-Bytes that are only copied go first. Then the tensors, largest first: a large one is shared out by chunks over all
-threads, small ones go one to a thread. Each thread computes with one OpenMP thread: more of them on small chunks stand
-in each other's way. Results do not depend on the number of threads.
+In the order of its files, so that each is hashed as it is written: a tensor is shared out by chunks over all threads.
+Each of them computes with one OpenMP thread: more of them on small chunks stand in each other's way. Results do not
+depend on the number of threads.
 
 Memory: a few chunks a thread, and the counters of thresholds (methods/select.py), whatever the size of the model.
 """
@@ -14,10 +14,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .errors import InputError, ResourceError, listed
-from .io.checkpoint import Checkpoint
 from .io.header import ITEM_BYTES
 from .io.writer import CheckpointWriter
 from .jobs import TensorJob, TensorPlan
@@ -25,22 +27,24 @@ from .journal import Journal, save_kept
 from .memory import format_size
 from .methods import METHODS
 from .progress import Progress
+from .scan import Shard
 from .stream import CHUNK, FLOATS, Buffers, Merge, common_dtype
 from .threads import in_parallel
 
-_LARGE = 16  # chunks a thread from which on a tensor is shared out over all threads
 _KEPT = 48 << 20  # bytes that the allocator keeps for a thread; measured: at most 45 (karcher)
 _COPY = 1 << 20  # bytes that are copied at a time
 
 
 class _Piece(NamedTuple):
-    """Bytes of a tensor that is only copied: `count` from `start` on."""
+    """Bytes of a tensor that are copied, or were written by an earlier run: `count` from `start` on; the piece `number`
+    of its shard."""
 
     name: str
-    source: Checkpoint
-    key: str
+    read: Callable[..., None]
     start: int
     count: int
+    shard: Shard
+    number: int
 
 
 def check_jobs(plan: TensorPlan) -> None:
@@ -103,50 +107,48 @@ def merge_tensors(
     *,
     device: str = "cpu",
     seed: int = 0,
-) -> None:
-    """Write every tensor of the plan.
+) -> dict[str, Shard]:
+    """Write every tensor of the plan. Returns what was put into each file.
 
     `device`: where formulas are computed; chunks go there and back. `seed`: of the methods that drop at random.
-    `journal`: what an earlier run has done is left alone, and what this one has done is saved now and then. Raises
-    InputError for weights that are not finite, and what the reader and the writer raise.
+    `journal`: what an earlier run has done is left alone (and read again for the hash), and what this one has done is
+    saved now and then. Raises InputError for weights that are not finite, and what the reader and the writer raise.
     """
     check_jobs(plan)
     placed = set(journal.state["placed"]) if journal and journal.state else set()
-    left = [job for job in plan.jobs if job.out.name not in placed]
-    copies = plan.output.copies
-    sizes = {job.out.name: math.prod(job.out.shape) * ITEM_BYTES[job.out.dtype] for job in plan.jobs}
-    todo = sum(sizes[job.out.name] for job in left)
-    for job in left:
-        writer.begin(job.out.name, job.out.dtype, job.out.shape)
-    progress.start("merge", sum(sizes.values()))
-    progress.advance(sum(sizes.values()) - todo)
+    jobs = {job.out.name: job for job in plan.jobs}
+    for name in (n for n in jobs if n not in placed):
+        writer.begin(name, jobs[name].out.dtype, jobs[name].out.shape)
+    shards = {file: Shard(file, *told, plan.output.hashed) for file, told in writer.layout.items()}
+    sizes = {name: size for shard in shards.values() for name, size in shard.sizes.items()}
+    total, done = sum(sizes.values()), sum(sizes[name] for name in placed)
+    progress.start("merge", total)
+    progress.advance(done)
+    buffers, copies = Buffers(), plan.output.copies
 
     def tick(nbytes: int) -> None:
-        nonlocal todo
-        todo -= nbytes
+        nonlocal done
+        done += nbytes
         progress.advance(nbytes, nbytes=nbytes)
-        if journal and todo and journal.due():
+        if journal and done < total and journal.due():
             _save(journal, plan, writer)
 
-    buffers = Buffers()
-
-    def run(job: TensorJob, count: int, heard: Callable[[int], None]) -> int:
-        merge = Merge(job, writer, buffers, threads=count, device=device, seed=seed, tick=heard)
-        METHODS[job.method].run(merge, **arguments(job))
-        return sizes[job.out.name]
-
-    computed = [j for j in left if j.out.name not in copies and sizes[j.out.name]]
-    computed.sort(key=lambda job: -math.prod(job.out.shape))
-    large = [j for j in computed if threads > 1 and math.prod(j.out.shape) >= _LARGE * CHUNK * threads]
-    pieces = _pieces({job.out.name: copies[job.out.name] for job in left if job.out.name in copies})
     try:
         with _one_openmp_thread():
-            in_parallel(pieces, lambda: lambda piece: _copy(piece, writer, buffers), threads, tick)
-            for job in large:
-                run(job, threads, tick)
-            in_parallel(computed[len(large) :], lambda: lambda job: run(job, 1, _nobody), threads, tick)
+            for shard, name in [(file, name) for file in shards.values() for name in file.sizes]:
+                if name in placed:
+                    read = partial(writer.read_back, name)
+                    in_parallel(_pieces(shard, name, read), lambda: lambda p: 0 * _look(p, buffers), threads)
+                elif name in copies:
+                    read = partial(copies[name][0].read_into, copies[name][1])
+                    in_parallel(_pieces(shard, name, read), lambda: lambda p: _look(p, buffers, writer), threads, tick)
+                elif shard.sizes[name]:
+                    merge = Merge(jobs[name], writer, buffers, threads=threads, device=device, seed=seed, tick=tick,
+                                  shard=shard)  # fmt: skip
+                    METHODS[jobs[name].method].run(merge, **arguments(jobs[name]))
     finally:
         progress.stop()
+    return shards
 
 
 def arguments(job: TensorJob) -> dict[str, Any]:
@@ -158,10 +160,6 @@ def arguments(job: TensorJob) -> dict[str, Any]:
     return {key + "_" * keyword.iskeyword(key): value for key, value in found.items()}
 
 
-def _nobody(nbytes: int) -> None:
-    """Who hears of the chunks of a small tensor: its bytes are told when it is done."""
-
-
 def _save(journal: Journal, plan: TensorPlan, writer: CheckpointWriter) -> None:
     """Make what is written durable, and note it."""
     began, placed = time.monotonic(), writer.placed()
@@ -170,16 +168,24 @@ def _save(journal: Journal, plan: TensorPlan, writer: CheckpointWriter) -> None:
     save_kept(writer, journal, told, began)
 
 
-def _pieces(copies: dict[str, tuple[Checkpoint, str]]) -> Iterator[_Piece]:
-    for name, (source, key) in copies.items():
-        size = source.tensors[key].nbytes
-        yield from (_Piece(name, source, key, at, min(_COPY, size - at)) for at in range(0, size, _COPY))
+def _pieces(shard: Shard, name: str, read: Callable[..., None]) -> Iterator[_Piece]:
+    size, turn = shard.sizes[name], shard.turn
+    for n, at in enumerate(range(0, size, _COPY)):
+        yield _Piece(name, read, at, min(_COPY, size - at), shard, turn + n)
 
 
-def _copy(piece: _Piece, writer: CheckpointWriter, buffers: Buffers) -> int:
+def _look(piece: _Piece, buffers: Buffers, writer: CheckpointWriter | None = None) -> int:
+    """Read a piece, write it where there is a `writer`, and tell the shard."""
     with buffers.lend([piece.count]) as (raw,):
-        piece.source.read_into(piece.key, raw, piece.start)
-        writer.put(piece.name, raw, piece.start)
+        here = None
+        try:
+            piece.read(raw, piece.start)
+            if writer:
+                writer.put(piece.name, raw, piece.start)
+            here = np.frombuffer(raw, np.uint8)
+            piece.shard.add_sum(piece.name, piece.start, here)
+        finally:
+            piece.shard.add(piece.number, here)  # also after an error: the others wait for their turn
     return piece.count
 
 

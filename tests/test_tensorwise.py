@@ -48,10 +48,9 @@ def weights(out: Path) -> str:
 def test_threads_and_sharing_out_do_not_change_a_byte(method, trio, tmp_path, monkeypatch):
     file = recipe(tmp_path, trio, method)
     found = []
-    for threads, large in ((1, 16), (3, 1 << 30), (3, 0)):
-        monkeypatch.setattr(tensorwise, "_LARGE", large)
+    for threads, chunk in ((1, 1 << 17), (3, 1000), (2, 333)):  # 333 of bf16: no whole words, whose sums are checked
         monkeypatch.setattr(stream.Merge.__init__, "__kwdefaults__",
-                            {**stream.Merge.__init__.__kwdefaults__, "chunk": 1 << 17 if threads == 1 else 1000})
+                            {**stream.Merge.__init__.__kwdefaults__, "chunk": chunk})
         out = tmp_path / f"out{len(found)}"
         api.merge(file, out, threads=threads)
         assert api.verify(out).error() is None
@@ -103,7 +102,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(trio, tmp_path):
     assert not (out / "model.safetensors").exists()
     report = api.merge(file, out)
     assert "of 29 tensors" in report["resumed_at"] and not report["resumed_at"].startswith("merge: 0 ")
-    assert weights(out) == weights(whole)
+    assert weights(out) == weights(whole) and api.verify(out).error() is None
 
 
 def test_what_is_done_is_not_done_again_and_another_recipe_does_not_go_on(trio, tmp_path, monkeypatch):
@@ -137,7 +136,9 @@ def job(made, method="linear", shape=(40, 30), dtype="F32", **parameters):
     return TensorJob(OutTensor("w", dtype, shape), method, sources, None, parameters)
 
 
-def test_values_that_are_not_finite_are_told_by_tensor_and_file(tmp_path):
+def test_values_that_are_not_finite_are_told_by_tensor_and_file(tmp_path, monkeypatch):
+    kwargs = stream.Merge.__init__.__kwdefaults__
+    monkeypatch.setattr(stream.Merge.__init__, "__kwdefaults__", {**kwargs, "chunk": 100})  # others wait for this one
     good, bad = torch.zeros(40, 30), torch.zeros(40, 30)
     bad[20, 3] = float("nan")
     for values, text in ((bad, r"m1: w in .*model.safetensors has NaN or infinite values"),
@@ -176,7 +177,7 @@ def test_a_budget_that_is_too_small_is_refused_and_a_small_one_takes_threads(tri
     file = recipe(tmp_path, trio)
     with pytest.raises(ResourceError, match="Raise the budget"):
         api.merge(file, tmp_path / "out", host_memory="1MiB")
-    assert api.plan(file, threads=8, host_memory="150MiB")["threads"] == 2
+    assert api.plan(file, threads=8, host_memory="200MiB")["threads"] == 2
     with pytest.raises(RecipeError, match="lambda: not for a mergekit configuration"):
         api.merge(file, tmp_path / "out", lam=0.5)
 

@@ -56,14 +56,13 @@ class Threshold:
         if not 0 < self.rank.k < self.count:
             return bits.new_full(bits.shape, -1 if self.rank.k > 0 else 0)
         shift = 8 * bits.element_size() - 1  # an arithmetic shift spreads the sign of a difference: a fast comparison
-        beyond = (self.bits - bits if self.rank.largest else bits - self.bits) >> shift
         left = self._left(index)
-        if left == 0:
-            return beyond
-        equals = bits == self.bits
+        equal = left < 0  # all of the equals go with those beyond: an integer further
+        beyond = (self.bits - equal - bits if self.rank.largest else bits - (self.bits + equal)) >> shift
         if left > 0:
-            equals = equals & (equals.cumsum(0) <= left)
-        return beyond | -equals.to(bits.dtype)
+            equals = bits == self.bits
+            beyond |= -(equals & (equals.cumsum(0) <= left)).to(bits.dtype)
+        return beyond
 
     def _left(self, index: int) -> int:
         """How many of the chunk's equals are taken at most; −1: all."""

@@ -53,4 +53,6 @@ def slerp(merge: Merge, *, t: float) -> None:
     if abs(cos) <= _PARALLEL:
         theta = torch.acos(cos)
         first, second = (torch.sin(x * theta) / torch.sin(theta) for x in (1 - at, at))
-    merge.map(lambda chunk: first * chunk.base.to(merge.wide) + second * chunk.sources[0].to(merge.wide))
+    merge.map(
+        lambda chunk: (first * chunk.base.to(merge.wide)).add_(second * chunk.sources[0].to(merge.wide))
+    )
