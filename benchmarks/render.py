@@ -186,13 +186,35 @@ def budget() -> str:
     return "\n".join([*lines, "", f"Worst difference: {100 * worst:.1f} %."])
 
 
+def methods() -> str:
+    """The table of mergekit configurations by both, from the last row of each kind."""
+    found: dict[str, dict[tuple[str, str], dict]] = {}
+    for text in (RESULTS / "cpu-methods.jsonl").read_text().splitlines():
+        one = json.loads(text)
+        case, _, who = one["what"].rpartition(": ")
+        kind = "both" if " / " in who else who.split()[0]
+        found.setdefault(case, {})[kind, one["metric"]] = one
+        if kind == "mergekit":
+            found[case]["mergekit", "threads"] = who.removeprefix("mergekit ")
+    lines = ["| merge | streammerge | mergekit 0.1.5 | times as fast | peak RSS: streammerge, mergekit | share |",
+             6 * "|---" + "|"]
+    for case, told in found.items():
+        ours, theirs = (f"{told[who, 'wall s']['median']:.1f} s ({len(told[who, 'wall s']['runs'])} runs)"
+                        for who in ("streammerge", "mergekit"))
+        peaks = [told[who, "peak RSS MB"]["median"] for who in ("streammerge", "mergekit")]
+        lines.append(f"| {case} | {ours} | {theirs}, {told['mergekit', 'threads']} | "
+                     f"{told['both', 'ratio of wall']['median']:.1f} | {peaks[0]:.0f} MB, {peaks[1]:.0f} MB | "
+                     f"1/{peaks[1] / peaks[0]:.1f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Replace what stands between the comment lines."""
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, table in (("demo", demo()), ("kernels", kernels()), ("capture", capture()), ("faults", faults()),
                         ("kills", kills()), ("budget", budget()), ("sweep", scaling.table(RESULTS)),
-                        ("parity", parity_table.committed(RESULTS))):  # fmt: skip
+                        ("methods", methods()), ("parity", parity_table.committed(RESULTS))):  # fmt: skip
         marked = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=marked: new, text, flags=re.DOTALL)
     readme.write_text(text)

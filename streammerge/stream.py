@@ -4,9 +4,10 @@
     merge.map(lambda chunk: formula(chunk, norm))          # the output, chunk by chunk
 
 Every pass reads the inputs again, from the page cache where they fit: memory is a few chunks a thread, whatever the
-size of the tensor. Arithmetic is in torch, in the inputs' common dtype D: numbers are held in a wider dtype (fp32 for
-fp16 and bf16) and rounded to D by `merge.round` after each step, which gives the bits of D's own operations and is
-faster. No result depends on the number of threads.
+size of the tensor. Arithmetic is in torch, in the inputs' common dtype D. Formulas that mix dtypes hold numbers in a
+wider one (fp32 for fp16 and bf16) and round them to D by `merge.round` after each step, which gives the bits of D's own
+operations; those are the faster where a formula needs no other (measured: a sum of bf16 19 us for 128K elements, 30 by
+way of fp32). No result depends on the number of threads.
 """
 
 from __future__ import annotations
