@@ -246,6 +246,16 @@ def test_slerp_is_the_arc(t, tmp_path, monkeypatch):
     assert torch.equal(merged(tmp_path, "slerp", [axis], axis, parameters={"t": t}), axis)  # θ is 0
 
 
+@pytest.mark.parametrize("cos, straight", [(0.9994, False), (0.9996, True)])
+def test_slerp_is_a_line_where_cos_passes_0_9995(cos, straight, tmp_path):
+    a, b = torch.eye(40, dtype=torch.float64)[:2]
+    b = cos * a + math.sqrt(1 - cos * cos) * b
+    line, arc = (a + b) / 2, (a + b) / 2 / math.cos(math.acos(cos) / 2)
+    assert (line - arc).abs().max() > 5e-5
+    found = merged(tmp_path, "slerp", [b.float()], a.float(), parameters={"t": 0.5})
+    assert (found - (line if straight else arc)).abs().max() < 2e-6
+
+
 def test_slerp_and_karcher_do_not_know_their_chunks(tmp_path, monkeypatch):
     for dtype in DTYPES:
         base, sources = tensors(dtype)
