@@ -19,6 +19,7 @@ from .io.shards import OutTensor
 from .output import Output
 from .recipe import Recipe, resolved
 from .strengths import Job, jobs_of, live, misplaced, untouched
+from .tokens import other_meanings
 
 _SAME = (
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
@@ -244,4 +245,6 @@ def _warnings(recipe: Recipe, lrm: Checkpoint, models: Sequence[Checkpoint]) -> 
             mine, theirs = lrm.config.get(key), other.config.get(key)
             if mine != theirs:
                 out.append(f"{key} is {theirs!r} in {other.role} and {mine!r} in the LRM; the LRM's is kept")
+        meanings = other_meanings(lrm.path, other.path)
+        out += [f"{other.role} {meanings}"] if meanings else []
     return out

@@ -384,6 +384,14 @@ def test_the_sum_of_a_piece_hears_of_every_bit(size):
     assert scan.word_sum(data) == before < 1 << 64
 
 
+def test_a_piece_that_was_never_put_has_no_sum():
+    """Then what a later reading finds there is not what was written, whatever it is."""
+    shard = scan.Shard("file", b"header", {"a": 824}, hashed=False)
+    shard.sum("a", 0, np.zeros(824, np.uint8))
+    assert [shard.sum_of(*p) for p in (("a", 0), ("a", 824), ("b", 0))] == [0, -1, -1]
+    assert shard.sum_of("file", 0) == int.from_bytes(b"header", "little")
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_hashes_taken_while_writing_are_the_files(mixed, tmp_path, threads):
     """Several shards at a time, pieces in any order of threads."""
