@@ -6,7 +6,6 @@ is left under a final name: the writer's partial files go, and so does an output
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +19,12 @@ import torch
 from . import kernels, memory, quantized, report
 from .artifacts import Artifacts
 from .calibration import CalibrationSet, load_calibration
-from .errors import InputError, OutOfMemory, Overflow, RecipeError, ResourceError
+from .device import circumstances, compute_dtype, pick_device, spill_folder
+from .errors import InputError, OutOfMemory, Overflow
 from .estimate import Estimate, predict
 from .fingerprint import fingerprint
 from .finish import conclude, peaks, refuse_certainly_unchanged, refuse_unchanged
 from .forward import StreamedModel
-from .io.checkpoint import TORCH_DTYPES
 from .io.claim import STATE, refuse_inside
 from .io.writer import CheckpointWriter
 from .journal import EVERY, Journal, resumed
@@ -96,7 +95,7 @@ def _merge(
         plan = make_plan(recipe)
         refuse_inside(out, distinct(plan.lrm, plan.itm, plan.base))
         dtype = compute_dtype(plan, where)
-        found = fingerprint(plan.output, _circumstances(recipe, where, dtype))
+        found = fingerprint(plan.output, circumstances(recipe, where, dtype))
         journal = Journal(out / STATE, found, every=save_every, tell=progress.event)
         kept = Artifacts(Path(artifacts), plan, found, progress.event) if artifacts else None
         go_on = partial(resumed, journal, restart=restart)
@@ -107,9 +106,7 @@ def _merge(
             refuse_certainly_unchanged(plan)
             with Workers(estimate.workers) as workers:
                 model = StreamedModel(plan.lrm, plan.family, where, dtype, workers)
-                spill = spill_folder(recipe, out, estimate)
-                streams = Streams.open(data, estimate.tokens_per_batch, where, offload=estimate.offload, spill=spill)
-                run = Run(plan, model, data, streams, writer, progress, estimate.ahead, estimate.keep, spill)
+                run = _laid_out(plan, model, data, estimate, writer, progress)
                 run.journal, run.artifacts = journal, kept
                 with _telling_memory(estimate.tokens_per_batch), _naming_model(plan, dtype):
                     _sweep(run)
@@ -122,9 +119,7 @@ def _merge(
             result = {
                 **report.inputs(plan.output),
                 **told,
-                "warnings": [*warnings, *plan.warnings, *report.rank_warnings(told["modules"]), *_unmeasured(data),
-                             *(run.quantized.warnings() if run.quantized else []), *journal.warnings,
-                             *(kept.warnings if kept else [])],
+                "warnings": [*warnings, *plan.warnings, *report.rank_warnings(told["modules"]), *_heard(run)],
                 "calibration": data.notes | {"heldout": len(data.heldout)},
                 "verified": verify_output(plan.output, out),
                 "device": str(where),
@@ -139,6 +134,16 @@ def _merge(
             }
             conclude(writer, plan.output, result)
     return result
+
+
+def _laid_out(
+    plan: Plan, model: StreamedModel, data: CalibrationSet, estimate: Estimate, writer: CheckpointWriter,
+    progress: Progress,
+) -> Run:  # fmt: skip
+    """The sweep before its first layer, as the estimate says. ResourceError where the scratch disk has no room."""
+    spill = spill_folder(plan.recipe, writer.out, estimate)
+    streams = Streams.open(data, estimate.tokens_per_batch, model.device, offload=estimate.offload, spill=spill)
+    return Run(plan, model, data, streams, writer, progress, estimate.ahead, estimate.keep, spill)
 
 
 def _still_needed(data: CalibrationSet, kept: Artifacts | None, journal: Journal) -> CalibrationSet:
@@ -175,62 +180,6 @@ def _naming_model(plan: Plan, dtype: torch.dtype) -> Iterator[None]:
             advice = (f"{error.where} are not finite, though all weights are and {dtype} has the room: is config.json "
                       "that of these weights (rms_norm_eps, rope_parameters)? Download both again")
         raise InputError(f"reasoning_model: {plan.lrm.path}: {advice}") from error
-
-
-def spill_folder(recipe: Recipe, out: Path, estimate: Estimate) -> Path | None:
-    """Where activations are spilled, None where they need not be. ResourceError where they have no room there."""
-    if not estimate.spill:
-        return None
-    folder, limit = Path(recipe.budget.scratch_dir or out / STATE), recipe.budget.scratch_space
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise ResourceError(f"--scratch-dir {folder}: {error.strerror}; give a directory that can be written") from None
-    room = free if limit == "auto" else min(free, parse_size(limit))
-    if estimate.scratch > room:
-        raise ResourceError(f"{folder}: the activations that the host has no room for take "
-                            f"{memory.format_size(estimate.scratch)} of disk, {memory.format_size(room)} "
-                            f"{'are free' if room == free else 'are given (--scratch-space)'}; give --scratch-dir a "
-                            "larger disk, raise --host-memory, or use fewer calibration samples")
-    return folder
-
-
-def _circumstances(recipe: Recipe, where: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What the batches and the last bits follow from, besides the recipe: a resume on other terms would show."""
-    budget = recipe.budget
-    return {
-        "device": where.type,
-        "compute dtype": str(dtype).removeprefix("torch."),
-        "CPU threads": torch.get_num_threads(),
-        "device memory": memory.total(str(where)) if budget.device_memory == "auto" else budget.device_memory,
-        "host memory": memory.total("host") if budget.host_memory == "auto" else budget.host_memory,
-        "tokens per batch": budget.tokens_per_batch,
-        "bitsandbytes": None if recipe.capture_weights == "native" else quantized.version(),
-    }
-
-
-def pick_device(name: str) -> torch.device:
-    """'auto', 'cpu', 'cuda' or 'cuda:1' -> a device that is there. Raises RecipeError otherwise."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"--device {name}: streammerge runs on cpu and cuda; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise RecipeError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu, or install "
-                          "a CUDA build of torch")
-    return device
-
-
-def compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
-    """The dtype of the calibration forwards: fp32 on a CPU (faster there, and exacter), the LRM's own on a GPU."""
-    if plan.recipe.compute_dtype != "auto":
-        return getattr(torch, plan.recipe.compute_dtype)
-    weight = plan.lrm.tensors[plan.family.weight(0, "q")]  # norms may be stored wider than what they scale
-    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[weight.dtype]
 
 
 def calibrate(plan: Plan, progress: Progress) -> CalibrationSet:
@@ -301,8 +250,10 @@ def _throughput(run: Run) -> dict[str, Any]:
     }
 
 
-def _unmeasured(data: CalibrationSet) -> list[str]:
-    """What a user might look for in the report and not find."""
-    if data.heldout:
-        return []
-    return ["L_think was not measured: it needs held-out samples (calibration.reasoning, calibration.holdout)"]
+def _heard(run: Run) -> list[str]:
+    """What a user might look for and not find: L_think, cached layers, saves, artifacts."""
+    told = []
+    if not run.data.heldout:
+        told = ["L_think was not measured: it needs held-out samples (calibration.reasoning, calibration.holdout)"]
+    told += run.quantized.warnings() if run.quantized else []
+    return [*told, *run.journal.warnings, *(run.artifacts.warnings if run.artifacts else [])]

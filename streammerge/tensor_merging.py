@@ -153,7 +153,7 @@ def print_tensor_summary(result: dict[str, Any], out: Path) -> None:
 def _device(device: str) -> str:
     if device in ("auto", "cpu"):
         return "cpu"
-    from .pipeline import pick_device
+    from .device import pick_device
 
     return str(pick_device(device))
 

@@ -23,6 +23,7 @@ FLOORS = {
     "batches": 2,
     "layout": 3, "calibration": 3, "strengths": 3, "estimate": 3, "footprint": 3, "scan": 3, "quantized": 3,
     "device": 4,
+    "device": 4,
     "stream": 3, "methods": 3, "sdpa": 3, "planned": 3,
     "mergekit": 4, "fingerprint": 4, "forward": 4, "capture_cache": 4,
     "capture": 5, "journal": 5,

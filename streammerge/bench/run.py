@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from ..calibration import CalibrationSet
+from ..device import compute_dtype, pick_device
 from ..errors import RecipeError, ResourceError
 from ..estimate import Estimate, predict
 from ..io.header import tensor_bytes
 from ..memory import format_size
-from ..pipeline import compute_dtype, pick_device
 from ..planned import Plan, make_plan
 from ..progress import Progress
 from ..recipe import Budget, parse_recipe

@@ -90,9 +90,9 @@ def _circumstances(plan: Plan, where: Any) -> dict[str, Any]:
     """What a resume depends on besides the inputs, as the merge tells it."""
     if where is None:
         return {"path": "without calibration"}
-    from .. import pipeline
+    from ..device import circumstances, compute_dtype
 
-    return pipeline._circumstances(plan.recipe, where, pipeline.compute_dtype(plan, where))
+    return circumstances(plan.recipe, where, compute_dtype(plan, where))
 
 
 def _timed(spent: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
