@@ -288,7 +288,8 @@ def test_defaults_live_in_the_recipe_only():
     settings -= {"source", "value", "open", "close", "method"}  # words that mean other things elsewhere
     package = Path(__file__).parents[1] / "streammerge"
     second = []
-    for name in ("sweep", "bases", "linalg", "capture", "coefficients", "attention", "compose", "planned", "calibration"):
+    stages = "sweep bases linalg capture coefficients attention compose planned calibration"
+    for name in stages.split():
         for node in ast.walk(ast.parse((package / f"{name}.py").read_text())):
             if isinstance(node, ast.FunctionDef):
                 a = node.args
